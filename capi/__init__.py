@@ -1,0 +1,1 @@
+"""The C library: header, cffi shim and its builder."""

@@ -1,0 +1,1 @@
+"""Triton kernels of the LSTM: gate product, recurrent forward and backward, launch."""
