@@ -6,7 +6,7 @@ Names are imported on first use, so that ``import tritlstm.reference`` needs Num
 from __future__ import annotations
 
 import importlib
-import importlib.util
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
@@ -25,22 +25,18 @@ _HOME = {
     "lstm": "functional",
     "explain": "plan",
 }
-_SUBMODULES = frozenset(
-    {
-        "benchmarks",
-        "capi",
-        "cli",
-        "demo",
-        "emulator",
-        "functional",
-        "kernels",
-        "layer",
-        "module",
-        "ops",
-        "plan",
-        "reference",
-    }
-)
+_SUBMODULES = frozenset({"capi", "emulator", "functional", "kernels", "ops", "plan", "reference"})
+
+# The three folders beside this one become subpackages when setuptools installs them; in a bare source tree
+# they are missing, and the first import of a kernel would fail without saying why.
+_missing = [name for name in ("kernels", "capi", "benchmarks") if find_spec(f"{__name__}.{name}") is None]
+if _missing:
+    raise ImportError(
+        f"tritlstm was imported from {__path__[0]}, where {', '.join(f'tritlstm.{name}' for name in _missing)} "
+        "cannot be found: this is the source tree, not an installed package. "
+        "Run `pip install -e .` beside its pyproject.toml (`make test` does it for you), "
+        "or start Python from another directory to use the installed copy."
+    )
 
 
 def __getattr__(name: str) -> Any:

@@ -26,8 +26,9 @@ With T time steps, batch B, input size D (the book's d) and hidden size H (the b
 
 The book counts time from 1, and H_0 is the initial state; the arrays count from 0, so ``h[0]`` is H_1.
 
-The gradients, derived by hand. Write ∂Y for the derivative of the loss by Y, A_i, A_f, A_c, A_o for what stands
-inside each σ and tanh (the pre-activations), and A for the four side by side. From the last step to the first::
+The gradients, derived by hand. Write ∂Y for the derivative of the loss by Y; A_i, A_f, A_c, A_o for what
+stands inside each σ and tanh (the pre-activations); A for the four side by side. From the last step to the
+first::
 
     ∂H_t  = (derivative by the output H_t) + ∂A_{t+1} W_hᵀ
     ∂C_t  = ∂H_t ⊙ O_t ⊙ (1 - tanh²(C_t)) + ∂C_{t+1} ⊙ F_{t+1}
@@ -36,13 +37,14 @@ inside each σ and tanh (the pre-activations), and A for the four side by side. 
     ∂A_c  = ∂C_t ⊙ I_t      ⊙ (1 - C̃_t²)
     ∂A_o  = ∂H_t ⊙ tanh(C_t) ⊙ O_t ⊙ (1 - O_t)
 
-At the last step the derivatives by the final states stand in place of the terms from t+1. Then, over all steps::
+At the last step the derivatives by the final states stand in place of the terms from t+1. Then, over all
+steps::
 
     ∂W_x = Σ_t X_tᵀ ∂A_t     ∂W_h = Σ_t H_{t-1}ᵀ ∂A_t     ∂b   = Σ_t Σ_batch ∂A_t
     ∂X_t = ∂A_t W_xᵀ         ∂H_0 = ∂A_1 W_hᵀ             ∂C_0 = ∂C_1 ⊙ F_1
 
-Both biases enter as a sum, so b_ih and b_hh have the same gradient. For the reverse direction flip ``x`` in time,
-call :func:`forward`, and flip the results.
+Both biases enter as a sum, so b_ih and b_hh have the same gradient. For the reverse direction flip ``x`` in
+time, call :func:`forward`, and flip the results.
 """
 
 from __future__ import annotations
