@@ -29,11 +29,13 @@ _SUBMODULES = frozenset({"capi", "emulator", "functional", "kernels", "ops", "pl
 
 # The three folders beside this one become subpackages when setuptools installs them; in a bare source tree
 # they are missing, and the first import of a kernel would fail without saying why.
-_missing = [name for name in ("kernels", "capi", "benchmarks") if find_spec(f"{__name__}.{name}") is None]
+_missing = [
+    name for name in ("tritlstm.kernels", "tritlstm.capi", "tritlstm.benchmarks") if find_spec(name) is None
+]
 if _missing:
     raise ImportError(
-        f"tritlstm was imported from {__path__[0]}, where {', '.join(f'tritlstm.{name}' for name in _missing)} "
-        "cannot be found: this is the source tree, not an installed package. "
+        f"tritlstm was imported from {__path__[0]}, where {', '.join(_missing)} cannot "
+        "be found: this is the source tree, not an installed package. "
         "Run `pip install -e .` beside its pyproject.toml (`make test` does it for you), "
         "or start Python from another directory to use the installed copy."
     )
