@@ -32,12 +32,7 @@ _stderr = pytest.StashKey[int]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    capture = config.pluginmanager.getplugin("capturemanager")
-    if capture is not None:
-        capture.suspend_global_capture()
-    config.stash[_stderr] = os.dup(2)
-    if capture is not None:
-        capture.resume_global_capture()
+    config.stash[_stderr] = os.dup(2)  # pytest captures nothing yet
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
