@@ -1,0 +1,302 @@
+"""The functional LSTM: layers, directions, dropout, projection, packing and states around one operator.
+
+`lstm` is the public form; `apply` is what it and `tritlstm.LSTM` share. Data take one straight walk: unpack
+or unsqueeze, check, run, undo. "Run" is `torch.ops.tritlstm.layer` once per layer and direction where the
+Triton kernels run (`runs_kernels`), and torch's own fast LSTM everywhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import _VF, Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from . import aten, ops
+from .ops import runs_kernels
+
+__all__ = ["lstm"]
+
+States = tuple[Tensor, Tensor]
+Input = TypeVar("Input", Tensor, PackedSequence)
+
+
+def lstm(
+    input: Input,
+    hx: States | None,
+    params: Sequence[Tensor],
+    *,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+) -> tuple[Input, States]:
+    """Apply an LSTM of one or more layers to whole sequences; `torch.nn.LSTM` as a function.
+
+    T time steps, B batch, D input size, H hidden size, R the recurrent width (the projection's size, or H
+    where there is none), L layers, S directions (1 or 2). Gate order i, f, g, o.
+
+    Args:
+        input: [T, B, D], [B, T, D] with `batch_first`, [T, D] without a batch, or a `PackedSequence`.
+            float16, bfloat16, float32 or float64.
+        hx: initial states (h_0 [L S, B, R], c_0 [L S, B, H]), without B where the input has none; None for
+            zeros. For a packed input they are in the order of the batch before packing.
+        params: the weights in the order of `torch.nn.LSTM(...).parameters()`: for each layer, and in it for
+            each direction, w_ih [4H, D] (from the second layer on [4H, S R]), w_hh [4H, R], then b_ih and
+            b_hh [4H] if there are biases, then w_hr [R, H] if there is a projection. The number of layers,
+            the biases and the projection follow from the shapes.
+        bidirectional: every layer also walks from the end to the start, with weights of its own.
+        batch_first: the input and the output are [B, T, ...]; the states keep their order.
+        dropout: probability with which an element of a layer's output is zeroed on its way to the next layer.
+        training: whether dropout acts.
+
+    Returns:
+        The output [T, B, S R] (or in the form of the input), and (h_n [L S, B, R], c_n [L S, B, H]), all of
+        the input's dtype; under autocast of the autocast dtype.
+
+    Raises:
+        ValueError: a parameter, the input's number of dimensions, its dtype or `dropout` is wrong.
+        RuntimeError: the input's or a state's sizes do not fit the parameters; in torch.nn.LSTM's words.
+
+    Example:
+        >>> weights = list(torch.nn.LSTM(10, 20, num_layers=2).parameters())
+        >>> x = torch.randn(5, 3, 10)
+        >>> out, (h_n, c_n) = tritlstm.lstm(x, None, weights)
+        >>> out.shape, h_n.shape
+        (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]))
+
+    Source: Hochreiter & Schmidhuber (1997), with the forget gate of Gers, Schmidhuber & Cummins (2000) and
+    the projection of Sak, Senior & Beaufays (2014).
+    """
+    weights = list(params)
+    if isinstance(dropout, bool) or not 0 <= dropout <= 1:
+        raise ValueError(
+            "dropout should be a number in range [0, 1] representing the probability of an element being "
+            f"zeroed, got {dropout!r}"
+        )
+    shape = _infer(weights, 2 if bidirectional else 1)
+    return apply(input, hx, weights, Options(*shape, batch_first, float(dropout), training, bidirectional))
+
+
+class Options(NamedTuple):
+    """What an LSTM is, apart from its weights; the fields are those of `torch.nn.LSTM`."""
+
+    input_size: int
+    hidden_size: int
+    proj_size: int
+    num_layers: int
+    bias: bool
+    batch_first: bool
+    dropout: float
+    training: bool
+    bidirectional: bool
+
+
+def apply(input: Input, hx: States | None, weights: list[Tensor], options: Options) -> tuple[Input, States]:
+    """`lstm` on weights whose shapes are known to be right."""
+    if isinstance(input, PackedSequence):
+        return _apply_packed(input, hx, weights, options)
+    if input.dim() not in (2, 3):
+        raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
+    batch_dim = 0 if options.batch_first else 1
+    batched = input.dim() == 3
+    x = input if batched else input.unsqueeze(batch_dim)
+    if hx is None:
+        hx = _zero_states(x, x.size(batch_dim), options)
+    elif hx[0].dim() != input.dim() or hx[1].dim() != input.dim():
+        raise RuntimeError(
+            f"For {'batched 3-D' if batched else 'unbatched 2-D'} input, hx and cx should "
+            f"also be {input.dim()}-D but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
+        )
+    elif not batched:
+        hx = (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
+    _check(x, x.size(batch_dim), hx, weights, options)
+    out, h_n, c_n = _run(x, None, hx, weights, options)
+    if batched:
+        return out, (h_n, c_n)
+    return out.squeeze(batch_dim), (h_n.squeeze(1), c_n.squeeze(1))
+
+
+def apply_cell(
+    x: Tensor, hx: States, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
+) -> States:
+    """One time step on the Triton kernels: x [B, D] and (h, c) [B, H] to the next (h, c)."""
+    _check_cell(x, hx, w_ih, w_hh)
+    _, h_n, c_n = _layer(x.unsqueeze(0), w_ih, w_hh, b_ih, b_hh, None, *hx, None, False)
+    return h_n, c_n
+
+
+def _apply_packed(
+    input: PackedSequence, hx: States | None, weights: list[Tensor], options: Options
+) -> tuple[PackedSequence, States]:
+    x, batch_sizes, order, undo = input
+    batch = int(batch_sizes[0])
+    if hx is None:
+        hx = _zero_states(x, batch, options)
+    _check(x, batch, hx, weights, options, dim=2)
+    out, h_n, c_n = _run(x, batch_sizes, _permute(hx, order), weights, options)
+    return PackedSequence(out, batch_sizes, order, undo), _permute((h_n, c_n), undo)
+
+
+def _permute(hx: States, order: Tensor | None) -> States:
+    return hx if order is None else (hx[0].index_select(1, order), hx[1].index_select(1, order))
+
+
+def _zero_states(x: Tensor, batch: int, options: Options) -> States:
+    rows = options.num_layers * (2 if options.bidirectional else 1)
+    width = options.proj_size or options.hidden_size
+    h = torch.zeros(rows, batch, width, dtype=x.dtype, device=x.device)
+    c = torch.zeros(rows, batch, options.hidden_size, dtype=x.dtype, device=x.device)
+    return h, c
+
+
+def _run(
+    x: Tensor, batch_sizes: Tensor | None, hx: States, weights: list[Tensor], options: Options
+) -> tuple[Tensor, Tensor, Tensor]:
+    if runs_kernels(x):
+        return _run_kernels(x, batch_sizes, hx, weights, options)
+    settings = (options.bias, options.num_layers, options.dropout, options.training, options.bidirectional)
+    if batch_sizes is None:
+        return _VF.lstm(x, hx, weights, *settings, options.batch_first)
+    return _VF.lstm(x, batch_sizes, hx, weights, *settings)
+
+
+def _run_kernels(
+    x: Tensor, batch_sizes: Tensor | None, hx: States, weights: list[Tensor], options: Options
+) -> tuple[Tensor, Tensor, Tensor]:
+    if batch_sizes is not None:
+        x, lengths = _VF._pad_packed_sequence(x, batch_sizes, False, 0.0, batch_sizes.size(0))
+        on_device = lengths.to(x.device, torch.int32, non_blocking=True)
+        out, h_n, c_n = _run_layers(x, on_device, hx, weights, options)
+        return _VF._pack_padded_sequence(out, lengths, False)[0], h_n, c_n
+    if options.batch_first:
+        out, h_n, c_n = _run_layers(x.transpose(0, 1), None, hx, weights, options)
+        return out.transpose(0, 1), h_n, c_n
+    return _run_layers(x, None, hx, weights, options)
+
+
+def _run_layers(
+    x: Tensor, lengths: Tensor | None, hx: States, weights: list[Tensor], options: Options
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All layers and directions over x [T, B, D]."""
+    directions = 2 if options.bidirectional else 1
+    each = 2 + 2 * options.bias + (options.proj_size > 0)
+    states = []
+    for layer in range(options.num_layers):
+        if layer > 0 and options.dropout > 0 and options.training:
+            x = F.dropout(x, options.dropout)
+        outs = []
+        for k in range(layer * directions, (layer + 1) * directions):
+            group = weights[k * each : (k + 1) * each]
+            b_ih, b_hh = group[2:4] if options.bias else (None, None)
+            w_hr = group[-1] if options.proj_size else None
+            reverse = k % directions == 1
+            out, h, c = _layer(x, *group[:2], b_ih, b_hh, w_hr, hx[0][k], hx[1][k], lengths, reverse)
+            outs.append(out)
+            states.append((h, c))
+        x = outs[0] if directions == 1 else torch.cat(outs, -1)
+    h_n, c_n = zip(*states, strict=True)
+    return x, torch.stack(h_n), torch.stack(c_n)
+
+
+def _layer(
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    h0: Tensor,
+    c0: Tensor,
+    lengths: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if w_hr is None:
+        out, h_n, c_n, _, _ = ops.layer(x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse)
+        return out, h_n, c_n.to(h_n.dtype)
+    # The kernels know no projection, and need none. With m_t = o_t tanh(c_t) the projected state is
+    # h_t = W_hr m_t, so what the gates receive from it is W_hh h_{t-1} = (W_hh W_hr) m_{t-1}: a layer without
+    # projection, whose state is m. Only the first step has no m before it; there W_hh h_0 is added as it is.
+    gate0 = F.linear(h0, w_hh)
+    m0 = torch.zeros_like(c0, dtype=h0.dtype)
+    m, m_n, c_n, _, _ = ops.layer(
+        x, w_ih, _multiply(w_hh, w_hr), b_ih, b_hh, m0, c0, lengths, reverse, gate0=gate0
+    )
+    return F.linear(m, w_hr), F.linear(m_n, w_hr), c_n.to(m_n.dtype)
+
+
+def _multiply(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, rounded once: the product is used at every time step, so it is not left to autocast."""
+    wide = aten.state_dtype(a.dtype)
+    with torch.autocast(a.device.type, enabled=False):
+        return (a.to(wide) @ b.to(wide)).to(a.dtype)
+
+
+def _check(x: Tensor, batch: int, hx: States, weights: list[Tensor], options: Options, dim: int = 3) -> None:
+    """The checks of torch.nn.LSTM in its words; it leaves them out where the input is packed."""
+    dtype = weights[0].dtype
+    if x.dtype != dtype and not torch._C._is_any_autocast_enabled():
+        raise ValueError(
+            f"RNN input dtype ({x.dtype}) does not match weight dtype ({dtype}). "
+            f"Convert input: input.to({dtype}), or convert model: model.to({x.dtype})"
+        )
+    if x.dim() != dim:
+        raise RuntimeError(f"input must have {dim} dimensions, got {x.dim()}")
+    if x.size(-1) != options.input_size:
+        raise RuntimeError(
+            f"input.size(-1) must be equal to input_size. Expected {options.input_size}, got {x.size(-1)}"
+        )
+    rows = options.num_layers * (2 if options.bidirectional else 1)
+    for k, width in enumerate((options.proj_size or options.hidden_size, options.hidden_size)):
+        expected = (rows, batch, width)
+        if hx[k].size() != expected:
+            raise RuntimeError(f"Expected hidden[{k}] size {expected}, got {list(hx[k].size())}")
+
+
+def _check_cell(x: Tensor, hx: States, w_ih: Tensor, w_hh: Tensor) -> None:
+    """The checks of torch.nn.LSTMCell in its words."""
+    if x.size(1) != w_ih.size(1):
+        raise RuntimeError(f"input has inconsistent input_size: got {x.size(1)} expected {w_ih.size(1)}")
+    for k, state in enumerate(hx):
+        if x.size(0) != state.size(0):
+            raise RuntimeError(
+                f"Input batch size {x.size(0)} doesn't match hidden{k} batch size {state.size(0)}"
+            )
+        if state.size(1) != w_hh.size(1):
+            raise RuntimeError(
+                f"hidden{k} has inconsistent hidden_size: got {state.size(1)}, expected {w_hh.size(1)}"
+            )
+
+
+def _infer(params: list[Tensor], directions: int) -> tuple[int, int, int, int, bool]:
+    """input_size, hidden_size, proj_size, num_layers and bias, from the shapes of all parameters."""
+    if len(params) < 2 or params[0].dim() != 2 or params[1].dim() != 2 or params[0].size(0) % 4:
+        raise ValueError(
+            "params must begin with w_ih [4H, D] and w_hh [4H, R], got shapes "
+            f"{[list(p.shape) for p in params[:2]]}; pass list(module.parameters()) of an LSTM"
+        )
+    (rows, input_size), width = params[0].shape, params[1].size(1)
+    hidden_size = rows // 4
+    bias = len(params) > 2 and params[2].dim() == 1
+    proj_size = 0 if width == hidden_size else width
+    one: list[tuple[int, ...]] = [(rows, input_size), (rows, width)]
+    one += [(rows,)] * 2 * bias + [(width, hidden_size)] * (proj_size > 0)
+    num_layers, rest = divmod(len(params), len(one) * directions)
+    if rest or num_layers == 0:
+        raise ValueError(
+            f"params must hold {len(one)} tensors for each layer and direction, so a multiple of "
+            f"{len(one) * directions}, got {len(params)}; check bidirectional (now {directions == 2})"
+        )
+    above = [(rows, directions * width), *one[1:]]
+    expected = one * directions + above * directions * (num_layers - 1)
+    for k, (param, shape) in enumerate(zip(params, expected, strict=True)):
+        if param.shape != shape:
+            raise ValueError(
+                f"params[{k}] must have shape {list(shape)}, got {list(param.shape)}; the tensors before it "
+                f"say hidden_size = {hidden_size}, proj_size = {proj_size}, bias = {bias}, "
+                f"bidirectional = {directions == 2}"
+            )
+    return input_size, hidden_size, proj_size, num_layers, bias

@@ -1,0 +1,339 @@
+"""The operators `torch.ops.tritlstm.layer` and `torch.ops.tritlstm.layer_backward`.
+
+One layer, one direction, all time steps in one call, opaque to the compiler. On CUDA tensors of float16,
+bfloat16 and float32 the Triton kernels run (`tritlstm.layer`), and so they do on CPU tensors inside
+`tritlstm.emulator.emulate()`; everywhere else the same formula in plain PyTorch operators (`tritlstm.aten`).
+
+    layer(x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, save, gate0=None)
+        -> (out, h_n, c_n, gates, cells)
+    layer_backward(grad_out, grad_h_n, grad_c_n, x, w_ih, w_hh, h0, c0, lengths, out, gates, cells,
+                   reverse, needs)
+        -> (grad_x, grad_w_ih, grad_w_hh, grad_b, grad_h0, grad_c0, grad_gate0)
+
+T time steps, B batch, D input size, H hidden size, HX = H rounded up to a multiple of 8; gates i, f, g, o.
+
+    x        [T, B, D]   any float dtype, which w_ih, w_hh, b_ih, b_hh, h0 and gate0 share
+    w_ih     [4H, D]     w_hh [4H, H]    b_ih, b_hh [4H] or None (independently)
+    h0       [B, H]      c0   [B, H], which may be wider than x, to carry a float32 cell from call to call
+    lengths  [B] int32 or None. Positions t >= lengths[b] give zeros and leave the state as it was; in
+             reverse a sequence starts at its own end; h_n and c_n are the states at each sequence's own end
+    reverse  walk the time steps from the last to the first
+    save     return what backward needs; switched on by itself where autograd records
+    gate0    [B, 4H] or None, added to the gates before activation at each sequence's first processed step
+    out      [T, B, H]   h_n [B, H], of x's dtype    c_n [B, H], of c0's dtype
+    gates    [T, B, 4 HX] of x's dtype, after activation; gate k of unit u in column
+             (u // 8) * 32 + k * 8 + u % 8
+    cells    [T, B, HX]  float32 (float64 for float64 inputs); both are empty(0) where nothing is saved
+    needs    seven flags, one per result; a result not needed is empty(0). grad_b [4H] is that of either bias
+
+Wrong arguments raise ValueError with the value received. First derivatives everywhere; higher ones where the
+plain operators run, while the Triton kernels raise NotImplementedError for them. Under autocast every tensor
+except c0 and lengths is cast to the autocast dtype; the cell state stays float32.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import aten
+
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def runs_kernels(x: Tensor) -> bool:
+    """Whether operators on `x` run the Triton kernels."""
+    return (x.is_cuda or (_emulating() and x.is_cpu)) and x.dtype in KERNEL_DTYPES
+
+
+def layer(
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    h0: Tensor,
+    c0: Tensor,
+    lengths: Tensor | None = None,
+    reverse: bool = False,
+    save: bool = False,
+    gate0: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`torch.ops.tritlstm.layer`, which also works inside `torch.func.grad` and `torch.func.vmap`."""
+    args = (x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse)
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        # A torch.func transform must meet the Function itself, not an operator that hides it.
+        return _Layer.apply(*args, True, gate0)
+    return _layer(*args, save, gate0)
+
+
+def _emulating() -> bool:
+    # Looked up, not imported: who never emulates never loads Triton.
+    emulator = sys.modules.get("tritlstm.emulator")
+    return emulator is not None and emulator.active()
+
+
+def _engine(x: Tensor) -> Any:
+    """The module whose `forward` and `backward` compute on `x`; an empty batch needs no launch."""
+    if not runs_kernels(x) or x.size(1) == 0:
+        return aten
+    from . import layer
+
+    return layer
+
+
+_library = torch.library.Library("tritlstm", "DEF")
+_tags = (torch.Tag.pt2_compliant_tag,)
+_library.define(
+    "layer(Tensor x, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor h0, Tensor c0, "
+    "Tensor? lengths, bool reverse, bool save, Tensor? gate0=None) "
+    "-> (Tensor out, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)",
+    tags=_tags,
+)
+_library.define(
+    "layer_backward(Tensor? grad_out, Tensor? grad_h_n, Tensor? grad_c_n, Tensor x, Tensor w_ih, "
+    "Tensor w_hh, Tensor h0, Tensor c0, Tensor? lengths, Tensor out, Tensor gates, Tensor cells, "
+    "bool reverse, bool[7] needs) "
+    "-> (Tensor grad_x, Tensor grad_w_ih, Tensor grad_w_hh, Tensor grad_b, Tensor grad_h0, Tensor grad_c0, "
+    "Tensor grad_gate0)",
+    tags=_tags,
+)
+_layer = torch.ops.tritlstm.layer.default
+_layer_backward = torch.ops.tritlstm.layer_backward.default
+
+
+def _forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    _check(x, *args)
+    out, h_n, c_n, gates, cells = _engine(x).forward(x, *args)
+    return out, h_n, c_n.to(args[5].dtype), gates, cells
+
+
+def _backward(*args: Any) -> tuple[Tensor, ...]:
+    return _engine(args[3]).backward(*args)
+
+
+def _forward_fake(
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    h0: Tensor,
+    c0: Tensor,
+    lengths: Tensor | None,
+    reverse: bool,
+    save: bool,
+    gate0: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    _check(x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, save, gate0)
+    (steps, batch, _), hidden = x.shape, h0.size(1)
+    padded = (hidden + aten.GROUP - 1) // aten.GROUP * aten.GROUP
+    saved = ((steps, batch, 4 * padded), (steps, batch, padded)) if save else ((0,), (0,))
+    return (
+        x.new_empty(steps, batch, hidden),
+        x.new_empty(batch, hidden),
+        c0.new_empty(batch, hidden),
+        x.new_empty(saved[0]),
+        x.new_empty(saved[1], dtype=aten.state_dtype(x.dtype)),
+    )
+
+
+def _backward_fake(
+    grad_out: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    lengths: Tensor | None,
+    out: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    reverse: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    bias, gate0 = w_hh.new_empty(w_hh.size(0)), x.new_empty(x.size(1), w_hh.size(0))
+    like = (x, w_ih, w_hh, bias, h0, c0, gate0)
+    return tuple(t.new_empty(t.shape if need else (0,)) for t, need in zip(like, needs, strict=True))
+
+
+class _Layer(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return _below_autograd(_layer, args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.reverse, _, gate0 = inputs
+        out, _, _, gates, cells = output
+        ctx.mark_non_differentiable(gates, cells)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, gate0, out, gates, cells)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, gate0, out, gates, cells = ctx.saved_tensors
+        *before, need_b_ih, need_b_hh, need_h0, need_c0, _, _, _, need_gate0 = ctx.needs_input_grad
+        needs = (*before, need_b_ih or need_b_hh, need_h0, need_c0, need_gate0)
+        formula: Any = _layer_backward
+        if torch.is_grad_enabled() and not runs_kernels(x):
+            # Someone may differentiate the gradient: what was saved becomes a function of the inputs again,
+            # and the gradient a chain of plain differentiable operators.
+            formula = aten.backward
+            out, _, _, gates, cells = aten.forward(
+                x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, ctx.reverse, True, gate0
+            )
+        results = formula(*grads[:3], x, w_ih, w_hh, h0, c0, lengths, out, gates, cells, ctx.reverse, needs)
+        d_x, d_w_ih, d_w_hh, d_b, d_h0, d_c0, d_gate0 = (
+            result if need else None for result, need in zip(results, needs, strict=True)
+        )
+        d_b_ih, d_b_hh = d_b if need_b_ih else None, d_b if need_b_hh else None
+        return d_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_h0, d_c0, None, None, None, d_gate0
+
+
+class _LayerBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return _below_autograd(_layer_backward, args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError(
+            "tritlstm: the Triton kernels have no double backward yet. Convert the module and its input to "
+            "torch.float64, which runs plain PyTorch operators, or use torch.nn.LSTM for the part of the "
+            "model whose gradient is differentiated, inside torch.backends.cudnn.flags(enabled=False)"
+        )
+
+
+def _below_autograd(op: Any, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+def _recorded(args: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+
+
+def _dual() -> bool:
+    """Whether forward-mode differentiation is on: the Function then refuses what would be a silent zero."""
+    return forward_ad._current_level >= 0
+
+
+def _forward_autograd(
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    h0: Tensor,
+    c0: Tensor,
+    lengths: Tensor | None,
+    reverse: bool,
+    save: bool,
+    gate0: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    tensors = (x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths)
+    recorded = _recorded((*tensors, gate0))
+    args = (*tensors, reverse, save or recorded, gate0)
+    return _Layer.apply(*args) if recorded or _dual() else _below_autograd(_layer, args)
+
+
+def _backward_autograd(*args: Any) -> tuple[Tensor, ...]:
+    apply = _recorded(args) or _dual()
+    return _LayerBackward.apply(*args) if apply else _below_autograd(_layer_backward, args)
+
+
+def _forward_autocast(
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    h0: Tensor,
+    c0: Tensor,
+    lengths: Tensor | None,
+    reverse: bool,
+    save: bool,
+    gate0: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(t: Tensor | None) -> Tensor | None:
+        return t if t is None or t.dtype == torch.float64 else t.to(dtype)
+
+    with torch.autocast(device, enabled=False):
+        args = (cast(t) for t in (x, w_ih, w_hh, b_ih, b_hh, h0))
+        return _layer(*args, c0, lengths, reverse, save, cast(gate0))
+
+
+def _backward_autocast(*args: Any) -> tuple[Tensor, ...]:
+    # Its tensors are those of one forward already; only the products inside must not be cast.
+    with torch.autocast(args[3].device.type, enabled=False):
+        return _layer_backward(*args)
+
+
+def _check(
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    h0: Tensor,
+    c0: Tensor,
+    lengths: Tensor | None,
+    reverse: bool,
+    save: bool,
+    gate0: Tensor | None = None,
+) -> None:
+    if x.dim() != 3 or h0.dim() != 2:
+        raise ValueError(
+            f"tritlstm layer: x must be [T, B, D] and h0 [B, H], got {list(x.shape)} and {list(h0.shape)}; "
+            "add the missing dimension with unsqueeze"
+        )
+    steps, batch, features = x.shape
+    hidden = h0.size(1)
+    if steps == 0:
+        raise ValueError("tritlstm layer: x needs at least one time step, got T = 0; leave the call out")
+    expected = {
+        "w_ih": (w_ih, (4 * hidden, features), x.dtype),
+        "w_hh": (w_hh, (4 * hidden, hidden), x.dtype),
+        "b_ih": (b_ih, (4 * hidden,), x.dtype),
+        "b_hh": (b_hh, (4 * hidden,), x.dtype),
+        "h0": (h0, (batch, hidden), x.dtype),
+        "c0": (c0, (batch, hidden), c0.dtype),
+        "lengths": (lengths, (batch,), torch.int32),
+        "gate0": (gate0, (batch, 4 * hidden), x.dtype),
+    }
+    for name, (value, shape, dtype) in expected.items():
+        if value is not None and (value.shape != shape or value.dtype != dtype or value.device != x.device):
+            raise ValueError(
+                f"tritlstm layer: {name} must be {list(shape)} of {dtype} on {x.device} beside x "
+                f"{list(x.shape)} of {x.dtype} and h0 {list(h0.shape)}, got {list(value.shape)} of "
+                f"{value.dtype} on {value.device}"
+            )
+
+
+for _key in ("CPU", "CUDA"):
+    _library.impl("layer", _forward, _key)
+    _library.impl("layer_backward", _backward, _key)
+for _key in ("AutocastCPU", "AutocastCUDA"):
+    _library.impl("layer", _forward_autocast, _key)
+    _library.impl("layer_backward", _backward_autocast, _key)
+_library.impl("layer", _forward_autograd, "Autograd")
+_library.impl("layer_backward", _backward_autograd, "Autograd")
+torch.library.register_fake(_layer, _forward_fake, lib=_library)
+torch.library.register_fake(_layer_backward, _backward_fake, lib=_library)
