@@ -38,8 +38,8 @@ lint: setup
 	@$(BIN)/ruff check .
 	@rm -rf build/typing && mkdir -p build/typing/tritlstm
 	@cd build/typing/tritlstm && ln -s ../../../tritlstm/* ../../../kernels ../../../capi ../../../benchmarks .
-	@mypy="$$PWD/$(BIN)/python -m mypy" && cd build/typing && \
-		$$mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p tritlstm
+	@python="$$(cd $(BIN) && pwd)/python" && cd build/typing && \
+		"$$python" -m mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p tritlstm
 
 setup:
 	@sh .ci/setup
