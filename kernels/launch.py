@@ -1,0 +1,42 @@
+"""What one kernel launch is: the same description is run on a GPU, emulated, or cross-compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from typing import Any
+
+KERNELS = {
+    "gate_gemm": "gate_gemm",
+    "recurrent_forward": "recurrent_forward",
+    "recurrent_backward": "recurrent_backward",
+}
+
+
+def kernel_function(name: str) -> Any:
+    """The ``triton.jit`` function called ``name`` (each lives in the module of its own name)."""
+    return getattr(importlib.import_module(f"{__package__}.{KERNELS[name]}"), name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel.
+
+    ``arguments`` are tensors, ints or None by parameter name; ``constants`` are the constexpr parameters.
+    ``cooperative`` asks the driver to refuse a grid that cannot be resident at once, instead of hanging in it.
+    """
+
+    kernel: str
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int = 1
+    cooperative: bool = False
+
+    def run(self) -> None:
+        """Launches on the current CUDA device and stream."""
+        options: dict[str, Any] = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if self.cooperative:
+            options["launch_cooperative_grid"] = True
+        kernel_function(self.kernel)[self.grid](**self.arguments, **self.constants, **options)

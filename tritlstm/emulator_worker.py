@@ -1,0 +1,229 @@
+"""The emulator's worker: Triton in interpreter mode, and a forked process for each program of a launch."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+import types
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+from tritlstm.kernels.launch import KERNELS, kernel_function
+
+DTYPES = {
+    "float32": tl.float32,
+    "float16": tl.float16,
+    "bfloat16": tl.bfloat16,
+    "int32": tl.int32,
+    "int64": tl.int64,
+}
+STALL_S = 3600.0
+
+
+def bf16_to_float32(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+class Builder(interpreter.InterpreterBuilder):
+    """The interpreter's builder with a right bf16 dot, fair spinning, delays and faults."""
+
+    def configure(self, emulation: dict[str, Any], program: tuple[int, ...]) -> None:
+        self.delays = emulation["delays"]
+        self.random = random.Random(f"{emulation['seed']}-{program}")
+        fault = emulation["fault"]
+        mine = fault is not None and tuple(fault["program"]) == tuple(program)
+        self.fault = fault if mine else None
+        self.stores = 0
+
+    def _pause(self) -> bool:
+        if self.delays is None or self.random.random() >= self.delays["probability"]:
+            return False
+        time.sleep(self.random.random() * self.delays["longest_s"])
+        return True
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        operands = []
+        for operand in (a, b):
+            is_bf16 = operand.dtype.scalar == tl.bfloat16
+            operands.append(bf16_to_float32(operand.data) if is_bf16 else operand.data.astype(np.float32))
+        product = np.matmul(*operands) + d.data
+        return interpreter.TensorHandle(product.astype(d.data.dtype), d.dtype.scalar)
+
+    def create_masked_load(self, ptrs, mask, other, cache_modifier, eviction_policy, is_volatile):
+        if is_volatile:
+            # A spinning program must not keep the one it waits for off the processor.
+            os.sched_yield()
+            self._pause()
+        return super().create_masked_load(ptrs, mask, other, cache_modifier, eviction_policy, is_volatile)
+
+    def create_masked_store(self, ptrs, value, mask, cache_modifier, eviction_policy):
+        if self.fault is not None and self.stores >= self.fault["store"]:
+            if self.fault["kind"] == "kill":
+                os._exit(77)
+            time.sleep(STALL_S)
+        self.stores += 1
+        if self.delays is not None and mask.data.size > 1:
+            first = np.random.default_rng(self.random.getrandbits(32)).random(mask.data.shape) < 0.5
+            part = interpreter.TensorHandle(mask.data & first, mask.dtype)
+            super().create_masked_store(ptrs, value, part, cache_modifier, eviction_policy)
+            self._pause()
+            mask = interpreter.TensorHandle(mask.data & ~first, mask.dtype)
+        return super().create_masked_store(ptrs, value, mask, cache_modifier, eviction_policy)
+
+    def create_atomic_rmw(self, rmwOp, ptr, val, mask, sem, scope):
+        os.sched_yield()
+        self._pause()
+        return super().create_atomic_rmw(rmwOp, ptr, val, mask, sem, scope)
+
+
+builder = Builder()
+interpreter.interpreter_builder.__class__ = Builder
+
+
+def protect(address: int, guards: list[int]) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    for guard in guards:
+        if libc.mprotect(ctypes.c_void_p(address + guard), ctypes.c_size_t(mmap.PAGESIZE), 0) != 0:
+            raise OSError(ctypes.get_errno(), "mprotect of an emulator guard page")
+
+
+def to_interpreter(value: Any, address: int) -> Any:
+    if value[0] == "tensor":
+        pointer = tl.pointer_type(DTYPES[value[2]])
+        handle = interpreter.TensorHandle(np.array([address + value[1]], dtype=np.uint64), pointer)
+        return tl.tensor(handle, pointer)
+    if isinstance(value[1], int):
+        # The interpreter's own conversion asks the driver for the type, which imports torch in every child.
+        kind = tl.int32 if -(2**31) <= value[1] < 2**31 else tl.int64
+        numpy_kind = np.int32 if kind == tl.int32 else np.int64
+        return tl.tensor(interpreter.TensorHandle(np.array([value[1]], dtype=numpy_kind), kind), kind)
+    return value[1]
+
+
+def prepare() -> None:
+    """Patches Triton's language once and rewrites every device function, so that the children inherit it.
+
+    The interpreter does both at every call of a device function, which is most of its time.
+    """
+
+    def both_languages() -> None: ...
+
+    both_languages = types.FunctionType(both_languages.__code__, {"tl": tl, "core": tl.core})
+    interpreter._patch_lang(both_languages)
+    modules = [sys.modules[name] for name in list(sys.modules) if name.startswith("tritlstm.kernels.")]
+    for module in [*modules, tl.standard]:
+        for value in list(vars(module).values()):
+            if isinstance(value, interpreter.InterpretedFunction):
+                value.rewrite()
+    interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
+
+
+def run_program(request: dict[str, Any], program: tuple[int, ...], address: int) -> None:
+    function = kernel_function(request["kernel"])
+    current = interpreter.interpreter_builder
+    current.configure(request["emulation"], program)
+    grid = tuple(request["grid"]) + (1,) * (3 - len(request["grid"]))
+    current.set_grid_dim(*grid)
+    current.set_grid_idx(*program, *(0,) * (3 - len(program)))
+    arguments = {name: to_interpreter(value, address) for name, value in request["arguments"].items()}
+    arguments.update(request["constants"])
+    function.rewrite()(**arguments)
+
+
+def child(request: dict[str, Any], program: tuple[int, ...], address: int, errors: int) -> None:
+    try:
+        run_program(request, program, address)
+    except BaseException:
+        os.write(errors, traceback.format_exc(limit=-4).encode()[-2000:])
+        os._exit(1)
+    os._exit(0)
+
+
+def wait(children: dict[int, tuple], deadline: float, fault: Any) -> list[str]:
+    """Waits for all children; after a failure or the deadline, kills the rest."""
+    errors: list[str] = []
+    while children:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            break
+        if pid == 0:
+            waiting_for_stalled = fault is not None and all(
+                program == tuple(fault["program"]) for program, _ in children.values()
+            )
+            if waiting_for_stalled or time.monotonic() > deadline:
+                for other, (program, _) in children.items():
+                    os.kill(other, signal.SIGKILL)
+                    os.waitpid(other, 0)
+                    if not waiting_for_stalled:
+                        errors.append(f"program {program} was still running at the time-out")
+                break
+            time.sleep(0.0005)
+            continue
+        program, pipe = children.pop(pid)
+        code = os.waitstatus_to_exitcode(status)
+        excused = fault is not None and program == tuple(fault["program"])
+        if code == 0 or excused:
+            continue
+        if code == -signal.SIGSEGV:
+            errors.append(f"program {program} accessed memory outside its buffers")
+        else:
+            text = os.read(pipe, 4000).decode(errors="replace")
+            errors.append(f"program {program} ended with {code}: {text}")
+        deadline = min(deadline, time.monotonic() + 0.2)
+    return errors
+
+
+def serve(request: dict[str, Any]) -> dict[str, Any]:
+    with open(request["arena"], "r+b") as file:
+        arena = mmap.mmap(file.fileno(), request["size"])
+    address = ctypes.addressof(ctypes.c_char.from_buffer(arena))
+    protect(address, request["guards"])
+    grid = request["grid"]
+    programs = [(x, y) for x in range(grid[0]) for y in range(grid[1] if len(grid) > 1 else 1)]
+    children: dict[int, tuple] = {}
+    for program in programs:
+        receiving, sending = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            child(request, program, address, sending)
+        os.close(sending)
+        children[pid] = (program, receiving)
+    pipes = [pipe for _, pipe in children.values()]
+    try:
+        errors = wait(children, time.monotonic() + request["emulation"]["timeout_s"], request["emulation"]["fault"])
+    finally:
+        for pipe in pipes:
+            os.close(pipe)
+    return {"errors": errors}
+
+
+def main() -> None:
+    connection = Connection(int(sys.argv[1]))
+    for kernel in KERNELS:
+        kernel_function(kernel)
+    prepare()
+    while True:
+        try:
+            request = connection.recv()
+        except EOFError:
+            return
+        try:
+            answer = serve(request)
+        except Exception:
+            answer = {"errors": [traceback.format_exc(limit=-4)]}
+        connection.send(answer)
+
+
+if __name__ == "__main__":
+    main()
