@@ -1,0 +1,310 @@
+"""Builds the C library: ``tritlstm build-c DIR``.
+
+``DIR`` becomes a prefix that can be moved as a whole::
+
+    DIR/include/tritlstm.h
+    DIR/lib/libtritlstm_python.so               the library, free of Python itself
+    DIR/lib/tritlstm/python_engine.so, .conf    what it opens on first use, and where the environment is
+    DIR/lib/pkgconfig/tritlstm_python.pc
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from tritlstm._version import __version__
+
+SOURCE = Path(__file__).resolve().parent
+LIBRARY = "libtritlstm_python.so"
+SONAME = f"{LIBRARY}.0"
+EXAMPLES = ("generate", "train_step")
+WARNINGS = ["-Wall", "-Wextra", "-Werror"]
+COMPILE = ["-std=c11", "-O2", "-fPIC", "-fvisibility=hidden", *WARNINGS]
+LINK = ["-shared", "-Wl,-z,now", "-Wl,-z,noexecstack", "-Wl,-z,nodelete", "-Wl,--as-needed"]
+
+
+class BuildError(RuntimeError):
+    """The C library can't be built here; the message says what is missing and how to get it."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """Where ``build`` put things."""
+
+    directory: Path
+
+    @property
+    def header(self) -> Path:
+        return self.directory / "include" / "tritlstm.h"
+
+    @property
+    def library(self) -> Path:
+        return self.directory / "lib" / LIBRARY
+
+    @property
+    def pkg_config(self) -> Path:
+        return self.directory / "lib" / "pkgconfig" / "tritlstm_python.pc"
+
+    def flags(self) -> list[str]:
+        """Compiler flags of a host that finds the library where it stands now."""
+        lib = self.library.parent
+        return [f"-I{self.header.parent}", f"-L{lib}", "-ltritlstm_python", f"-Wl,-rpath,{lib}"]
+
+
+def declarations(functions: bool = True) -> str:
+    """The header as ``cffi.FFI().cdef`` wants it: without preprocessor lines.
+
+    With ``functions=False`` only types and constants are left.
+    """
+    text = (SOURCE / "include" / "tritlstm.h").read_text()
+    text = re.sub(r"/\*.*?\*/", "", text, flags=re.S)
+    text = re.sub(r"^#ifdef __cplusplus$.*?^#endif$", "", text, flags=re.S | re.M)
+    text = re.sub(r"^#.*$", "", text, flags=re.M)
+    return re.sub(r"TRITLSTM_API\b" if functions else r"TRITLSTM_API[^;]*;", "", text)
+
+
+def compiler(command: str | None = None) -> list[str]:
+    """The C compiler as a command line: ``command``, else ``$CC``, else ``cc``.
+
+    Raises:
+        BuildError: there is none.
+    """
+    words = shlex.split(command or os.environ.get("CC") or "cc")
+    if not words or shutil.which(words[0]) is None:
+        raise BuildError(
+            f"no C compiler {' '.join(words)!r}: install one (Debian and Ubuntu: apt install gcc) "
+            "or name it with --cc"
+        )
+    return words
+
+
+def _failure(command: list[str]) -> str | None:
+    """Runs a command; None if it succeeded, otherwise the command and what it printed."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return f"{shlex.join(command)}\n{done.stdout}{done.stderr}".rstrip() if done.returncode else None
+
+
+def _run(command: list[str], what: str) -> None:
+    error = _failure(command)
+    if error is not None:
+        raise BuildError(f"{what} failed: {error}")
+
+
+def _python_include() -> str:
+    include = sysconfig.get_path("include")
+    if not Path(include, "Python.h").is_file():
+        version = sysconfig.get_python_version()
+        raise BuildError(
+            f"{include}/Python.h is missing, which embedding this Python needs: install its headers "
+            f"(Debian and Ubuntu: apt install python{version}-dev; Fedora: dnf install python3-devel)"
+        )
+    return include
+
+
+def shared_libpython() -> Path | None:
+    """The shared libpython of the Python that runs this, or None if there is none."""
+    names = [sysconfig.get_config_var("INSTSONAME"), sysconfig.get_config_var("LDLIBRARY")]
+    version = sysconfig.get_python_version()
+    names += [f"libpython{version}.so.1.0", f"libpython{version}.so"]
+    base = Path(sys.base_prefix, "lib")
+    folders = [sysconfig.get_config_var("LIBDIR"), sysconfig.get_config_var("LIBPL"), base]
+    multiarch = sysconfig.get_config_var("MULTIARCH")
+    if multiarch:
+        folders.append(base / multiarch)
+    for folder in folders:
+        for name in names:
+            if folder and name and ".so" in name and Path(folder, name).is_file():
+                return Path(folder, name).resolve()
+    return None
+
+
+def static_libpython() -> list[Path]:
+    """Static libraries of the Python that runs this, those that are sure to be position-independent first."""
+    version = sysconfig.get_python_version()
+    folders = [sysconfig.get_config_var("LIBPL"), sysconfig.get_config_var("LIBDIR")]
+    names = [f"libpython{version}-pic.a", f"libpython{version}.a"]
+    found = [Path(folder, name) for name in names for folder in folders if folder]
+    return [path for path in found if path.is_file()]
+
+
+def link_libpython(cc: list[str], archives: list[Path], output: Path) -> None:
+    """Makes a shared libpython out of a static one.
+
+    Raises:
+        BuildError: there is none, or none is position-independent.
+    """
+    version = sysconfig.get_python_version()
+    remedy = (
+        f"Use a Python that has a shared one: Debian and Ubuntu, apt install libpython{version}; "
+        "pyenv, PYTHON_CONFIGURE_OPTS=--enable-shared pyenv install; conda's and uv's have it"
+    )
+    if not archives:
+        raise BuildError(
+            f"Python {version} at {sys.base_prefix} has neither a shared nor a static libpython. {remedy}"
+        )
+    variables = [sysconfig.get_config_var(name) or "" for name in ("LIBS", "SYSLIBS", "MODLIBS")]
+    libraries = dict.fromkeys(shlex.split(" ".join(variables)))
+    errors = []
+    for archive in archives:
+        whole = ["-Wl,--whole-archive", str(archive), "-Wl,--no-whole-archive"]
+        # -Bsymbolic: code compiled for an executable then links, because its own symbols can't be replaced.
+        options = ["-shared", f"-Wl,-soname,{output.name}", "-Wl,-Bsymbolic", "-Wl,-z,noexecstack"]
+        error = _failure([*cc, *options, *whole, "-o", str(output), *libraries, "-lpthread"])
+        if error is None:
+            return
+        errors.append("\n".join(error.splitlines()[:6]))
+    raise BuildError(
+        "\n".join([f"The static libpython of Python {version} can't be shared.", *errors, remedy])
+    )
+
+
+def _engine_source(output: Path) -> None:
+    """Has cffi write the C source of the embedded module."""
+    try:
+        import cffi
+    except ImportError as error:
+        raise BuildError(f"cffi is missing ({error}): {sys.executable} -m pip install cffi") from error
+    ffi = cffi.FFI()
+    calls = (SOURCE / "src" / "python_calls.h").read_text()
+    ffi.cdef(declarations(functions=False))
+    ffi.cdef("void tritlstm_py_report(const char *message);")
+    ffi.embedding_api(calls)
+    ffi.embedding_init_code(
+        "from _tritlstm_python import ffi, lib\nfrom tritlstm.capi import host\nhost.bind(ffi, lib)\n"
+    )
+    ffi.set_source("_tritlstm_python", (SOURCE / "src" / "python_engine.c").read_text())
+    with contextlib.redirect_stdout(io.StringIO()):  # it announces every file
+        ffi.emit_c_code(str(output))
+
+
+def _interpreter() -> str:
+    """The environment's own python: from the link in it, not from its target, Python finds the environment."""
+    return os.path.abspath(sys.executable)
+
+
+def _build_engine(cc: list[str], folder: Path) -> None:
+    include = _python_include()
+    source = folder / "python_engine.c"
+    _engine_source(source)
+    includes = [f"-I{SOURCE / 'include'}", f"-I{SOURCE / 'src'}", f"-I{include}"]
+    engine_map = folder / "engine.map"
+    engine_map.write_text("{ global: tritlstm_python_start; local: *; };\n")
+    # What cffi generates leaves parameters unused.
+    compile_ = [*cc, *COMPILE, "-Wno-unused-parameter", *includes, str(source)]
+    link = [*LINK, f"-Wl,--version-script={engine_map}", "-o", str(folder / "python_engine.so")]
+    _run([*compile_, *link], "compiling the Python engine")
+    source.unlink()
+    engine_map.unlink()
+    libpython = shared_libpython()
+    if libpython is None:
+        private = folder / f"libpython{sysconfig.get_python_version()}.so"
+        link_libpython(cc, static_libpython(), private)
+    settings = [
+        "# Which Python the engine runs in. Paths that do not begin with / are relative to this folder.",
+        f"python = {_interpreter()}",
+        f"libpython = {libpython or private.name}",
+        f"version = {sysconfig.get_python_version()}",
+    ]
+    (folder / "python_engine.conf").write_text("\n".join(settings) + "\n")
+
+
+def _build_library(cc: list[str], lib: Path) -> None:
+    sources = [str(SOURCE / "src" / name) for name in ("front.c", "safetensors.c", "python_loader.c")]
+    compile_ = [*cc, *COMPILE, "-pedantic", f"-I{SOURCE / 'include'}", f"-I{SOURCE / 'src'}", *sources]
+    exports = f"-Wl,--version-script={SOURCE / 'libtritlstm.map'}"
+    link = [*LINK, "-Wl,-z,defs", f"-Wl,-soname,{SONAME}", exports, "-o", str(lib / SONAME)]
+    _run([*compile_, *link, "-pthread", "-ldl"], "compiling the library")
+    (lib / LIBRARY).symlink_to(SONAME)
+
+
+def build(directory: str | Path, cc: str | None = None) -> Built:
+    """Builds library, header and pkg-config file into the prefix ``directory``, made if it is missing.
+
+    The library will run the Python environment that this is called in. Files of an earlier build are replaced
+    one by one, whole; a host that runs keeps what it has open.
+
+    Raises:
+        BuildError: a compiler, Python.h or libpython is missing, or compiling failed.
+    """
+    if not sys.platform.startswith("linux"):
+        raise BuildError(f"the C library is built for Linux only, not for {sys.platform}")
+    command = compiler(cc)
+    built = Built(Path(directory).resolve())
+    try:
+        built.directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".build-", dir=built.directory) as name:
+            scratch = Path(name)
+            for folder in ("include", "lib/tritlstm", "lib/pkgconfig"):
+                (scratch / folder).mkdir(parents=True)
+            shutil.copyfile(SOURCE / "include" / "tritlstm.h", scratch / "include" / "tritlstm.h")
+            template = (SOURCE / "tritlstm_python.pc.in").read_text()
+            package = template.replace("@VERSION@", __version__)
+            (scratch / "lib/pkgconfig/tritlstm_python.pc").write_text(package)
+            _build_library(command, scratch / "lib")
+            _build_engine(command, scratch / "lib" / "tritlstm")
+            for path in sorted(scratch.rglob("*")):
+                if path.is_symlink() or path.is_file():
+                    target = built.directory / path.relative_to(scratch)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(path, target)
+    except OSError as error:
+        raise BuildError(f"can't write to {built.directory}: {error}") from error
+    return built
+
+
+def build_example(name: str, built: Built, output: str | Path, cc: str | None = None) -> Path:
+    """Compiles ``examples/NAME.c`` against a built library into the program ``output``.
+
+    Raises:
+        ValueError: no example has that name.
+        BuildError: compiling failed.
+    """
+    if name not in EXAMPLES:
+        raise ValueError(f"no example {name!r}: one of {', '.join(EXAMPLES)}")
+    sources = [str(SOURCE / "examples" / f"{name}.c")]
+    if name == "generate":
+        sources.append(str(SOURCE / "src" / "safetensors.c"))
+    target = Path(output)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    compile_ = [*compiler(cc), "-std=c11", "-O2", *WARNINGS, f"-I{SOURCE / 'src'}", *sources]
+    _run([*compile_, *built.flags(), "-lm", "-o", str(target)], f"compiling the example {name}")
+    return target
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``tritlstm build-c``."""
+    parser.add_argument("directory", metavar="DIR", help="prefix to build into: DIR/include, DIR/lib")
+    parser.add_argument("--cc", metavar="COMMAND", help="C compiler (default: $CC, else cc)")
+    parser.add_argument("--examples", action="store_true", help="compile the examples into DIR/bin as well")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs ``tritlstm build-c``; returns the exit status."""
+    try:
+        built = build(args.directory, args.cc)
+        programs = [
+            build_example(name, built, built.directory / "bin" / name, args.cc)
+            for name in (EXAMPLES if args.examples else ())
+        ]
+    except BuildError as error:
+        print(f"tritlstm build-c: {error}", file=sys.stderr)
+        return 1
+    for path in (built.header, built.library, built.pkg_config, *programs):
+        print(path)
+    flags = f"$(pkg-config --cflags --libs tritlstm_python) -Wl,-rpath,{built.library.parent}"
+    print(f"\nThe library runs the environment of {_interpreter()}. To compile a host:\n")
+    print(f"  export PKG_CONFIG_PATH={built.pkg_config.parent}")
+    print(f"  cc host.c {flags} -o host")
+    return 0
