@@ -98,7 +98,8 @@ class Options(NamedTuple):
 def apply(input: Input, hx: States | None, weights: list[Tensor], options: Options) -> tuple[Input, States]:
     """`lstm` on weights whose shapes are known to be right."""
     if isinstance(input, PackedSequence):
-        return _apply_packed(input, hx, weights, options)
+        packed = _apply_packed_untraced if torch.compiler.is_compiling() else _apply_packed
+        return packed(input, hx, weights, options)
     if input.dim() not in (2, 3):
         raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
     batch_dim = 0 if options.batch_first else 1
@@ -141,6 +142,10 @@ def _apply_packed(
     return PackedSequence(out, batch_sizes, order, undo), _permute((h_n, c_n), undo)
 
 
+# The sizes of a packed batch are data on the host, which can't be traced: a graph break, as in nn.LSTM.
+_apply_packed_untraced = torch._disable_dynamo(_apply_packed)
+
+
 def _permute(hx: States, order: Tensor | None) -> States:
     return hx if order is None else (hx[0].index_select(1, order), hx[1].index_select(1, order))
 
@@ -156,15 +161,22 @@ def _zero_states(x: Tensor, batch: int, options: Options) -> States:
 def _run(
     x: Tensor, batch_sizes: Tensor | None, hx: States, weights: list[Tensor], options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if runs_kernels(x):
-        return _run_kernels(x, batch_sizes, hx, weights, options)
+    if runs_kernels(x) or _compiles_training(x):
+        return _run_operators(x, batch_sizes, hx, weights, options)
     settings = (options.bias, options.num_layers, options.dropout, options.training, options.bidirectional)
     if batch_sizes is None:
         return _VF.lstm(x, hx, weights, *settings, options.batch_first)
     return _VF.lstm(x, batch_sizes, hx, weights, *settings)
 
 
-def _run_kernels(
+def _compiles_training(x: Tensor) -> bool:
+    # torch's own LSTM can't be compiled for training: oneDNN's backward loses its workspace when it is traced
+    # (pytorch#158007), and without oneDNN the loop over time is unrolled. The operators stay opaque.
+    compiles = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    return compiles and torch.is_grad_enabled() and x.device.type in ("cpu", "cuda")
+
+
+def _run_operators(
     x: Tensor, batch_sizes: Tensor | None, hx: States, weights: list[Tensor], options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
     if batch_sizes is not None:
@@ -191,10 +203,11 @@ def _run_layers(
         outs = []
         for k in range(layer * directions, (layer + 1) * directions):
             group = weights[k * each : (k + 1) * each]
+            w_ih, w_hh = group[:2]
             b_ih, b_hh = group[2:4] if options.bias else (None, None)
             w_hr = group[-1] if options.proj_size else None
             reverse = k % directions == 1
-            out, h, c = _layer(x, *group[:2], b_ih, b_hh, w_hr, hx[0][k], hx[1][k], lengths, reverse)
+            out, h, c = _layer(x, w_ih, w_hh, b_ih, b_hh, w_hr, hx[0][k], hx[1][k], lengths, reverse)
             outs.append(out)
             states.append((h, c))
         x = outs[0] if directions == 1 else torch.cat(outs, -1)

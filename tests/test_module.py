@@ -1,0 +1,418 @@
+"""tritlstm.LSTM and LSTMCell as drop-ins: all about the modules but the grid of test_functional.py."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+
+import tritlstm
+from tritlstm import functional
+
+D, H = 4, 6
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "no bias": {"bias": False},
+    "both directions": {"num_layers": 2, "bidirectional": True, "batch_first": True},
+    "projection": {"proj_size": 3, "num_layers": 2, "dropout": 0.25},
+}
+kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+
+
+@pytest.fixture(params=["torch", "operators"])
+def path(request, monkeypatch):
+    """Both ways through the modules: torch's own LSTM, and the operators as where the Triton kernels run."""
+    if request.param == "operators":
+        monkeypatch.setattr(functional, "runs_kernels", lambda x: True)
+    return request.param
+
+
+def pair(kind: dict[str, Any] | None = None, **more: Any) -> tuple[nn.LSTM, tritlstm.LSTM]:
+    torch.manual_seed(0)
+    theirs = nn.LSTM(D, H, **(kind or {}), **more)
+    torch.manual_seed(0)
+    return theirs, tritlstm.LSTM(D, H, **(kind or {}), **more)
+
+
+def outputs(result: Any) -> list[Tensor]:
+    out, states = result
+    return [out.data if isinstance(out, PackedSequence) else out, *states]
+
+
+def assert_same(got: Any, expected: Any, tolerance: float = 1e-10) -> None:
+    # float64: sums in another order. Cases in float32 pass the tolerance that fits them.
+    for mine, theirs in zip(outputs(got), outputs(expected), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
+
+
+def message(call: Any) -> tuple[type[BaseException], str]:
+    with pytest.raises(Exception) as caught:
+        call()
+    return caught.type, str(caught.value)
+
+
+class TestConstruction:
+    @kinds
+    def test_the_same_seed_draws_the_same_parameters(self, kind):
+        theirs, mine = pair(kind)
+        for (name, value), (other_name, other) in zip(
+            mine.named_parameters(), theirs.named_parameters(), strict=True
+        ):
+            assert name == other_name
+            assert torch.equal(value, other)
+
+    @kinds
+    def test_repr(self, kind):
+        theirs, mine = pair(kind)
+        assert repr(mine) == repr(theirs)
+
+    def test_positional_arguments_and_attributes(self):
+        arguments = (3, 8, 2, False, True, 0.5, True, 2, "cpu", torch.float16)
+        theirs, mine = nn.LSTM(*arguments), tritlstm.LSTM(*arguments)
+        for name in nn.RNNBase.__constants__:
+            assert getattr(mine, name) == getattr(theirs, name)
+        assert {p.dtype for p in mine.parameters()} == {torch.float16}
+        names = list(inspect.signature(tritlstm.LSTM).parameters)[: len(arguments)]
+        assert names == list(inspect.signature(nn.RNNBase).parameters)[1 : 1 + len(arguments)]
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            {"hidden_size": 0},
+            {"hidden_size": 2.0},
+            {"input_size": -1},
+            {"num_layers": 0},
+            {"proj_size": -1},
+            {"proj_size": 6},
+            {"dropout": 1.5},
+            {"dropout": True},
+            {"bias": 1},
+            {"batch_first": "yes"},
+        ],
+        ids=str,
+    )
+    def test_errors_are_torchs(self, arguments):
+        arguments = {"input_size": D, "hidden_size": H, **arguments}
+        assert message(lambda: tritlstm.LSTM(**arguments)) == message(lambda: nn.LSTM(**arguments))
+
+    def test_an_unknown_argument_is_refused(self):
+        with pytest.raises(TypeError, match="peephole"):
+            tritlstm.LSTM(D, H, peephole=True)
+
+    def test_dropout_without_a_next_layer_warns_as_torch_does(self):
+        with pytest.warns(UserWarning, match="non-zero dropout expects num_layers greater than 1"):
+            tritlstm.LSTM(D, H, dropout=0.5)
+
+    def test_it_is_an_rnn_base_and_not_an_nn_lstm(self):
+        mine = tritlstm.LSTM(D, H)
+        assert isinstance(mine, nn.RNNBase)
+        assert not isinstance(mine, nn.LSTM)
+        assert isinstance(tritlstm.LSTMCell(D, H), nn.LSTMCell)
+
+
+class TestState:
+    @kinds
+    def test_state_dict_goes_both_ways(self, kind, path):
+        theirs, mine = pair(kind, dtype=torch.float64)
+        x = torch.randn(5, 3, D, dtype=torch.float64)
+        other = tritlstm.LSTM(D, H, **kind, dtype=torch.float64)
+        other.load_state_dict(theirs.state_dict())
+        back = nn.LSTM(D, H, **kind, dtype=torch.float64)
+        back.load_state_dict(mine.state_dict())
+        expected = theirs.eval()(x)
+        for module in (other, back):
+            assert_same(module.eval()(x), expected)
+
+    @kinds
+    def test_copies_and_pickles_compute_the_same(self, kind):
+        mine = pair(kind)[1].eval()
+        x = torch.randn(5, 3, D)
+        buffer = io.BytesIO()
+        torch.save(mine, buffer)
+        buffer.seek(0)
+        restored = (
+            copy.deepcopy(mine),
+            pickle.loads(pickle.dumps(mine)),
+            torch.load(buffer, weights_only=False),
+        )
+        for module in restored:
+            assert type(module) is tritlstm.LSTM
+            assert_same(module(x), mine(x), 0.0)
+
+    def test_weights_that_a_parametrization_computes_are_used_and_trained(self, path):
+        """nn.LSTM keeps using the first value (pytorch#65688)."""
+
+        class Double(nn.Module):
+            def forward(self, weight: Tensor) -> Tensor:
+                return 2 * weight
+
+        theirs, mine = pair(dtype=torch.float64)
+        with torch.no_grad():
+            theirs.weight_hh_l0.mul_(2)
+        nn.utils.parametrize.register_parametrization(mine, "weight_hh_l0", Double())
+        x = torch.randn(5, 3, D, dtype=torch.float64)
+        assert_same(mine(x), theirs(x))
+        with torch.no_grad():
+            theirs.weight_hh_l0.mul_(3)
+            mine.parametrizations.weight_hh_l0.original.mul_(3)
+        assert_same(mine(x), theirs(x))
+        mine(x)[0].sum().backward()
+        theirs(x)[0].sum().backward()
+        original = mine.parametrizations.weight_hh_l0.original
+        torch.testing.assert_close(original.grad, 2 * theirs.weight_hh_l0.grad)
+
+    def test_functional_call_uses_the_weights_it_is_given(self, path):
+        theirs, mine = pair(dtype=torch.float64)
+        given = {name: 3 * value.detach() for name, value in mine.named_parameters()}
+        theirs.load_state_dict(given)
+        x = torch.randn(5, 3, D, dtype=torch.float64)
+        before = mine(x)
+        assert_same(torch.func.functional_call(mine, given, (x,)), theirs(x))
+        assert_same(mine(x), before)
+
+    def test_func_grad_of_the_module(self, path):
+        mine = pair(dtype=torch.float64)[1]
+        x, weights = torch.randn(5, 3, D, dtype=torch.float64), dict(mine.named_parameters())
+
+        def loss(weights: dict[str, Tensor]) -> Tensor:
+            return torch.func.functional_call(mine, weights, (x,))[0].square().sum()
+
+        loss(weights).backward()
+        grads = torch.func.grad(loss)({name: value.detach() for name, value in weights.items()})
+        for name, value in weights.items():
+            torch.testing.assert_close(grads[name], value.grad)
+
+    def test_conversion_and_replaced_parameters(self, path):
+        mine = tritlstm.LSTM(D, H).double()
+        mine.weight_hh_l0 = nn.Parameter(torch.zeros_like(mine.weight_hh_l0))
+        theirs = nn.LSTM(D, H, dtype=torch.float64)
+        theirs.load_state_dict(mine.state_dict())
+        x = torch.randn(5, 3, D, dtype=torch.float64)
+        assert_same(mine(x), theirs(x))
+
+    def test_meta_device(self):
+        out, (h_n, _) = tritlstm.LSTM(D, H, device="meta")(torch.empty(5, 3, D, device="meta"))
+        assert out.is_meta
+        assert h_n.shape == (1, 3, H)
+
+
+def packed(*lengths: int, width: int = D, dtype: torch.dtype = torch.float32) -> Any:
+    return pack_sequence([torch.zeros(n, width, dtype=dtype) for n in lengths], enforce_sorted=False)
+
+
+def states(*shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    return tuple(torch.zeros(shape) for shape in shapes)
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("kind", "arguments"),
+        [
+            ({}, (torch.zeros(4),)),
+            ({}, (torch.zeros(1, 1, 1, D),)),
+            ({}, (torch.zeros(5, 3, D + 1),)),
+            ({}, (torch.zeros(5, D + 1),)),
+            ({}, (torch.zeros(5, 3, D, dtype=torch.float64),)),
+            ({}, (torch.zeros(5, 3, D, dtype=torch.float16),)),
+            ({}, (torch.zeros(5, 3, D), states((1, 2, H), (1, 3, H)))),
+            ({}, (torch.zeros(5, 3, D), states((1, 3, H), (1, 2, H)))),
+            ({}, (torch.zeros(5, 3, D), states((2, 3, H), (2, 3, H)))),
+            ({}, (torch.zeros(5, 3, D), states((1, 3, H + 1), (1, 3, H)))),
+            ({}, (torch.zeros(5, 3, D), states((1, H), (1, H)))),
+            ({}, (torch.zeros(5, D), states((1, 3, H), (1, 3, H)))),
+            ({}, (torch.zeros(5, D), states((2, H), (1, H)))),
+            ({"batch_first": True}, (torch.zeros(3, 5, D), states((1, 5, H), (1, 5, H)))),
+            ({"proj_size": 2}, (torch.zeros(5, 3, D), states((1, 3, H), (1, 3, H)))),
+            ({"proj_size": 2}, (torch.zeros(5, 3, D), states((1, 3, 2), (1, 3, 2)))),
+            ({"bidirectional": True}, (torch.zeros(5, 3, D), states((1, 3, H), (1, 3, H)))),
+            ({"num_layers": 3}, (torch.zeros(5, 3, D), states((3, 3, H), (2, 3, H)))),
+        ],
+    )
+    def test_errors_are_torchs(self, kind, arguments, path):
+        theirs, mine = pair(kind)
+        expected = message(lambda: theirs(*arguments))
+        assert message(lambda: mine(*arguments)) == expected
+
+    @pytest.mark.parametrize(
+        ("arguments", "kind", "text"),
+        [
+            ((packed(3, 2, width=D + 1),), RuntimeError, r"Expected 4, got 5"),
+            ((packed(3, 2, dtype=torch.float64),), ValueError, r"float64.* does not match weight dtype"),
+            ((packed(3, 2), states((1, 3, H), (1, 3, H))), RuntimeError, r"hidden\[0\] size \(1, 2, 6\)"),
+            ((packed(3, 2), states((1, 2, H), (1, 1, H))), RuntimeError, r"hidden\[1\] size \(1, 2, 6\)"),
+        ],
+        ids=["width", "dtype", "h0", "c0"],
+    )
+    def test_packed_input_is_checked_too(self, arguments, kind, text, path):
+        with pytest.raises(kind, match=text):
+            tritlstm.LSTM(D, H)(*arguments)
+
+    def test_no_time_steps(self, path):
+        with pytest.raises((RuntimeError, ValueError), match=r"sequence length|at least one time step"):
+            tritlstm.LSTM(D, H)(torch.zeros(0, 3, D))
+
+
+class TestDerivatives:
+    @pytest.mark.parametrize("form", ["batch", "packed"])
+    @kinds
+    def test_gradcheck(self, kind, form, path):
+        mine = pair(kind, dtype=torch.float64)[1].eval()
+        x = torch.randn(3, 2, D, dtype=torch.float64, requires_grad=True)
+
+        def run(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+            named = dict(zip(dict(mine.named_parameters()), weights, strict=True))
+            input = pack_sequence([x[:, 0], x[:2, 1]]) if form == "packed" else x
+            return tuple(outputs(torch.func.functional_call(mine, named, (input,))))
+
+        assert torch.autograd.gradcheck(run, (x, *mine.parameters()), fast_mode=True)
+
+    def test_gradgradcheck(self, path):
+        mine = tritlstm.LSTM(2, 3, proj_size=2, bidirectional=True, dtype=torch.float64)
+        x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradgradcheck(
+            lambda x, *_: outputs(mine(x)), (x, *mine.parameters()), fast_mode=True
+        )
+
+
+class TestAutocast:
+    @pytest.mark.parametrize("kind", [{}, {"proj_size": 3}], ids=["plain", "projection"])
+    def test_values_are_torchs_and_gradients_stay_float32(self, kind, path):
+        theirs, mine = pair(kind)
+        x = torch.randn(5, 3, D)
+        with torch.autocast("cpu", torch.bfloat16):
+            got, expected = outputs(mine(x)), outputs(theirs(x))
+        # Both round to bfloat16 (2^-8) at several places; the states are of order one half.
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a.float(), b.float(), rtol=0.02, atol=0.01)
+        got[0].float().sum().backward()
+        assert all(p.grad.dtype == torch.float32 for p in mine.parameters())
+
+    def test_results_are_of_the_autocast_dtype(self, path):
+        with torch.autocast("cpu", torch.bfloat16):
+            got = outputs(tritlstm.LSTM(D, H)(torch.randn(5, 3, D)))
+        assert {t.dtype for t in got} == {torch.bfloat16}
+
+
+class TestCompile:
+    @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+    @kinds
+    def test_compiles_as_one_graph_for_training(self, kind, backend, path):
+        mine = pair(kind, dtype=torch.float64)[1].eval()
+        x = torch.randn(5, 3, D, dtype=torch.float64)
+        torch._dynamo.reset()
+        compiled = torch.compile(mine, fullgraph=True, backend=backend)
+        assert_same(compiled(x), mine(x))
+        results = []
+        for module in (compiled, mine):
+            mine.zero_grad()
+            module(x)[0].square().sum().backward()
+            results.append([p.grad for p in mine.parameters()])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+    def test_compiles_for_training_in_float32_on_the_cpu(self):
+        # There oneDNN would run, whose backward torch fails to trace.
+        mine, x = tritlstm.LSTM(D, H), torch.randn(5, 3, D)
+        torch._dynamo.reset()
+        out, _ = torch.compile(mine, fullgraph=True, backend="aot_eager")(x)
+        out.sum().backward()
+        got = [p.grad for p in mine.parameters()]
+        mine.zero_grad()
+        mine(x)[0].sum().backward()
+        for a, p in zip(got, mine.parameters(), strict=True):
+            torch.testing.assert_close(a, p.grad)
+
+    def test_compiles_with_packed_input_and_states(self, path):
+        mine = tritlstm.LSTM(D, H, bidirectional=True)
+        x, lengths = torch.randn(5, 3, D), torch.tensor([5, 3, 2])
+        hx = (torch.randn(2, 3, H), torch.randn(2, 3, H))
+
+        def run(x: Tensor, hx: Any) -> Any:
+            return mine(nn.utils.rnn.pack_padded_sequence(x, lengths), hx)
+
+        torch._dynamo.reset()
+        assert_same(torch.compile(run, backend="eager")(x, hx), run(x, hx), 1e-6)
+
+    def test_inference_compiles(self, path):
+        mine, x = tritlstm.LSTM(D, H), torch.randn(5, 3, D)
+        torch._dynamo.reset()
+        with torch.no_grad():
+            assert_same(torch.compile(mine, fullgraph=True, backend="aot_eager")(x), mine(x), 1e-6)
+
+    def test_cell_compiles(self, path):
+        cell, x = tritlstm.LSTMCell(D, H), torch.randn(3, D)
+        torch._dynamo.reset()
+        got = torch.compile(cell, fullgraph=True, backend="aot_eager")(x)
+        torch.testing.assert_close(got, cell(x))
+
+    @kinds
+    def test_exports(self, kind, path):
+        mine, x = pair(kind)[1].eval(), torch.randn(5, 3, D)
+        exported = torch.export.export(mine, (x,))
+        assert_same(exported.module()(x), mine(x), 1e-6)
+
+    def test_operators_export_with_any_number_of_steps(self, monkeypatch):
+        monkeypatch.setattr(functional, "runs_kernels", lambda x: True)
+        mine, x = tritlstm.LSTM(D, H).eval(), torch.randn(5, 3, D)
+        T = torch.export.Dim("T", min=2, max=512)
+        exported = torch.export.export(mine, (x,), dynamic_shapes={"input": {0: T}}).module()
+        longer = torch.randn(11, 3, D)
+        assert_same(exported(longer), mine(longer), 1e-6)
+
+
+class TestCell:
+    @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+    @pytest.mark.parametrize("batch", [(), (3,)], ids=["unbatched", "batch"])
+    @pytest.mark.parametrize("with_states", [False, True], ids=["", "states"])
+    def test_values_and_gradients_are_torchs(self, with_states, batch, bias, path):
+        theirs = nn.LSTMCell(D, H, bias, dtype=torch.float64)
+        mine = tritlstm.LSTMCell(D, H, bias, dtype=torch.float64)
+        mine.load_state_dict(theirs.state_dict())
+        x = torch.randn(*batch, D, dtype=torch.float64, requires_grad=True)
+        hx = tuple(torch.randn(*batch, H, dtype=torch.float64, requires_grad=True) for _ in range(2))
+        inputs = (x, *hx) if with_states else (x,)
+        results = []
+        for cell in (mine, theirs):
+            h, c = cell(x, hx) if with_states else cell(x)
+            results.append((h, c, *torch.autograd.grad((h * c).sum(), [*inputs, *cell.parameters()])))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            (torch.zeros(1, 3, D),),
+            (torch.zeros(3, D), states((1, 3, H), (3, H))),
+            (torch.zeros(3, D), states((3, H), (1, 3, H))),
+            (torch.zeros(3, D + 1),),
+            (torch.zeros(3, D), states((2, H), (3, H))),
+            (torch.zeros(3, D), states((3, H), (2, H))),
+            (torch.zeros(3, D), states((3, H + 1), (3, H))),
+            (torch.zeros(3, D), states((3, H), (3, H - 1))),
+        ],
+    )
+    def test_errors_are_torchs(self, arguments, path):
+        expected = message(lambda: nn.LSTMCell(D, H)(*arguments))
+        assert message(lambda: tritlstm.LSTMCell(D, H)(*arguments)) == expected
+
+    def test_steps_of_the_cell_give_the_layer(self, path):
+        layer = tritlstm.LSTM(D, H, dtype=torch.float64)
+        cell = tritlstm.LSTMCell(D, H, dtype=torch.float64)
+        cell.load_state_dict({name.removesuffix("_l0"): value for name, value in layer.state_dict().items()})
+        x = torch.randn(5, 3, D, dtype=torch.float64)
+        out, (h_n, c_n) = layer(x)
+        h, c = cell(x[0])
+        for t in range(1, 5):
+            torch.testing.assert_close(h, out[t - 1], rtol=1e-10, atol=1e-10)
+            h, c = cell(x[t], (h, c))
+        torch.testing.assert_close((h, c), (h_n[0], c_n[0]), rtol=1e-10, atol=1e-10)
+
+    def test_repr(self):
+        assert repr(tritlstm.LSTMCell(D, H, bias=False)) == repr(nn.LSTMCell(D, H, bias=False))
