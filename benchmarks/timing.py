@@ -96,7 +96,6 @@ def take_turns(calls: Mapping[str, Call], timer: Timer, effort: Effort) -> dict[
     names = list(calls)
     samples: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         for turn in range(max(map(len, plans.values()), default=0)):
