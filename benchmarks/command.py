@@ -309,10 +309,10 @@ class _RichReporter(_PlainReporter):
 
     def begin(self, total: int) -> None:
         super().begin(total)
-        self.progress.update(self.task, total=total)
+        self.progress.update(self.task, total=total, refresh=True)
 
     def doing(self, text: str) -> None:
-        self.progress.update(self.task, description=text)
+        self.progress.update(self.task, description=text, refresh=True)
 
     def advance(self) -> None:
         super().advance()
@@ -334,10 +334,10 @@ def _reporter() -> Iterator[Reporter]:
         progress.TextColumn("{task.description}"),
         progress.BarColumn(),
         progress.MofNCompleteColumn(),
-        progress.TimeElapsedColumn(),
-        progress.TimeRemainingColumn(),
+        progress.TimeRemainingColumn(compact=True),
     )
-    with progress.Progress(*columns, transient=True) as bar:
+    # No refreshing thread: it would run beside what is being timed.
+    with progress.Progress(*columns, transient=True, auto_refresh=False) as bar:
         yield _RichReporter(bar)
 
 

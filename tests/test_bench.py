@@ -943,6 +943,55 @@ def test_markdown_comes_without_matplotlib_and_pictures_name_the_command(tmp_pat
 # -- On a GPU
 
 
+def test_a_gpu_is_described_by_its_properties(monkeypatch):
+    properties = types.SimpleNamespace(
+        name="Imaginary H100",
+        L2_cache_size=50 << 20,
+        shared_memory_per_multiprocessor=228 << 10,
+        total_memory=80 << 30,
+    )
+    wanted: dict[str, Any] = {}
+
+    def empty(size: int, **options: Any) -> Tensor:
+        wanted.update(options, size=size)
+        return torch.zeros(1)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch, "empty", empty)
+    found = device.find("gpu")
+    assert (found.kind, found.name, found.threads) == ("gpu", "Imaginary H100", None)
+    assert wanted == {"size": 100 << 20, "dtype": torch.uint8, "device": torch.device("cuda", 0)}
+    assert found.on_chip_bytes == (228 + 256) << 10
+    assert found.memory_bytes == 20 << 30
+    assert found.handoff_us == floor.HANDOFF_US
+    assert device.find("gpu", handoff_us=0.3).handoff_us == 0.3
+    assert isinstance(found.timer, timing.CudaTimer)
+
+
+def test_products_follow_cudnns_tf32_switch_on_a_gpu_and_are_set_back():
+    assert torch.backends.cuda.matmul.allow_tf32 is False
+    with device.settings(replace(cpu_device(), kind="gpu")):
+        assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32
+    assert torch.backends.cuda.matmul.allow_tf32 is False
+    with device.settings(cpu_device()):
+        assert torch.backends.cuda.matmul.allow_tf32 is False
+
+
+def test_limits_are_bytes_and_operations_over_the_best_time():
+    class Halving:
+        """Each sample is half of the one before; the fastest must count."""
+
+        def sample(self, call: timing.Call, count: int) -> list[float]:
+            call(0)
+            return [16.0 / 2**index for index in range(count)]
+
+    limits = device.measure(replace(cpu_device(Halving()), cache_bytes=7), "fp32")
+    assert limits.bandwidth == pytest.approx(2 * (128 << 20) / 0.5e-3)
+    assert limits.rate == pytest.approx(2 * 1024**3 / 0.125e-3)
+    assert (limits.handoff_us, limits.shared_us, limits.cache_bytes) == (0, 0, 7)
+
+
 @pytest.mark.cuda
 def test_a_small_case_on_the_gpu(tmp_path):
     found = device.find("gpu")
