@@ -186,9 +186,10 @@ def path(device: str) -> str:
 
 def trained(trainer: train.Trainer, files: Files) -> bool:
     """Train to the end of the budget; False where Ctrl-C came first, with everything in the checkpoint."""
-    with train.interruption() as stop, progress.shown(trainer) as report:
+    with train.interruption() as stop:
         print("training; Ctrl-C stops it, and nothing is lost", flush=True)
-        done = trainer.run(files.checkpoint, report, stop)
+        with progress.shown(trainer) as report:
+            done = trainer.run(files.checkpoint, report, stop)
     counters = trainer.counters
     if not done:
         print(f"\nStopped after step {counters.step}; everything is in {files.checkpoint}.")

@@ -68,7 +68,7 @@ def save(model: CharacterModel, vocabulary: np.ndarray, path: Path) -> None:
     Tensors: `embedding.weight` [V, E], `lstm.weight_ih_l0` [4H, E] and so on as in torch.nn.LSTM,
     `head.weight` [V, H], `head.bias` [V], and `vocabulary`, the byte of every id. Id 0 stands for all others.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save as serialise
 
     tensors = {
         name: value.detach().to("cpu", torch.float32).contiguous()
@@ -79,7 +79,7 @@ def save(model: CharacterModel, vocabulary: np.ndarray, path: Path) -> None:
     metadata = {name: str(size) for name, size in zip(sizes, model.sizes(), strict=True)}
     metadata |= {"format": "pt", "unknown_id": str(UNKNOWN_ID)}
     part = path.with_name(path.name + ".part")
-    save_file(tensors, part, metadata)
+    part.write_bytes(serialise(tensors, metadata))
     os.replace(part, path)
 
 

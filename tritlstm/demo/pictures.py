@@ -16,7 +16,7 @@ from .train import Point
 CONTEXT = 'def report(data, name):\n    """Say how large a part is."""\n'
 LINE = '    print("size (in bytes):", len(data[name]))  # not "zero"'
 ROWS = 12
-CLEAR = 0.35  # correlation from which a unit counts as following a property of the text
+CLEAR = 0.3  # correlation from which a unit counts as following a property of the text
 STUDIED_STREAMS, STUDIED_STEPS, SETTLING_STEPS = 16, 512, 64
 
 _PIECES = re.compile(
@@ -93,11 +93,18 @@ def _log_scale(cells: np.ndarray) -> np.ndarray:
     return np.sign(cells) * np.log1p(np.abs(cells))
 
 
-def choose_units(weights: Mapping[str, np.ndarray], held_out: np.ndarray) -> list[Unit]:
-    """The units of the last layer whose cells follow a property of the text most closely, at most two each.
+def _line_trace(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Gates "i", "f", "o" and cells "c" [T, H] of the last layer over `LINE`, read after `CONTEXT`."""
+    ids = encode((CONTEXT + LINE).encode(), weights["vocabulary"])
+    trace = numpy_traces(weights, ids[:, None])[-1]
+    return {name: getattr(trace, name)[len(CONTEXT) :, 0] for name in "ifoc"}
 
-    Where these are too few, those whose forget gates vary most make up the number. held_out: ids [n]; the
-    correlation is taken over pieces of it, each after some steps to settle.
+
+def choose_units(weights: Mapping[str, np.ndarray], held_out: np.ndarray) -> list[Unit]:
+    """The units of the last layer to show: those whose cells follow a property of the text, at most two each.
+
+    Among these come first the closest correlations over held_out (ids [n]), weighted by how far the cell
+    moves along `LINE`. Where they are too few, units whose forget gates vary most make up the number.
     """
     text = weights["vocabulary"][held_out].tobytes().decode("latin-1")
     described = properties(text)
@@ -110,6 +117,7 @@ def choose_units(weights: Mapping[str, np.ndarray], held_out: np.ndarray) -> lis
     cells = _log_scale(trace.c[settled:].reshape(-1, hidden))
     cells -= cells.mean(0)
     sizes = np.maximum(np.sqrt((cells**2).sum(0)), 1e-12)
+    moves = np.minimum(1.0, np.ptp(_log_scale(_line_trace(weights)["c"]), axis=0))  # [H]
 
     candidates = []
     for name, values in described.items():
@@ -119,8 +127,9 @@ def choose_units(weights: Mapping[str, np.ndarray], held_out: np.ndarray) -> lis
         if size > 0:
             r = value @ cells / (size * sizes)  # [H]
             candidates += [Unit(u, name, float(r[u])) for u in range(hidden) if abs(r[u]) >= CLEAR]
+    candidates.sort(key=lambda unit: -abs(unit.correlation) * moves[unit.index])
     chosen: list[Unit] = []
-    for unit in sorted(candidates, key=lambda unit: -abs(unit.correlation)):
+    for unit in candidates:
         new = all(unit.index != other.index for other in chosen)
         if new and sum(unit.follows == other.follows for other in chosen) < 2:
             chosen.append(unit)
@@ -142,11 +151,8 @@ def heat_map(weights: Mapping[str, np.ndarray], held_out: np.ndarray, path: Path
     from matplotlib.figure import Figure
 
     units = choose_units(weights, held_out)
-    ids = encode((CONTEXT + LINE).encode(), weights["vocabulary"])
-    trace = numpy_traces(weights, ids[:, None])[-1]
     rows = [unit.index for unit in units]
-    begin = len(CONTEXT)
-    part = {name: getattr(trace, name)[begin:, 0, rows].T for name in "ifoc"}  # [units, characters]
+    part = {name: value[:, rows].T for name, value in _line_trace(weights).items()}  # [units, characters]
 
     figure = Figure(figsize=(15, 13.5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -209,10 +215,11 @@ def loss_curve(history: Sequence[Point], baselines: Mapping[str, float], final: 
         millions,
         [point.perplexity for point in history],
         color="#c1440e",
-        label="held-out text",
+        label="held-out text, a part of it",
         lw=2,
         marker=".",
     )
+    axis.plot([], [], color="#c1440e", marker="*", ms=12, lw=0, label="all held-out text, at the end")
     last = history[-1].characters / 1e6 if history else 1.0
     for (name, value), style in zip(baselines.items(), ((0, (1, 1.5)), (0, (5, 2))), strict=False):
         axis.axhline(value, color="#666666", linestyle=style, lw=1.2)
@@ -235,6 +242,7 @@ def loss_curve(history: Sequence[Point], baselines: Mapping[str, float], final: 
         *(float(np.exp(p.loss)) for p in history),
     ]
     axis.set_ylim(0.9 * min(values), 1.1 * min(max(values), 120.0))
+    axis.plot([last], [final], color="#c1440e", marker="*", ms=12, clip_on=False)
     axis.set_xlim(0, last)
     axis.set_xlabel("million characters read")
     axis.set_ylabel("perplexity per character")
