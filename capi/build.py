@@ -190,7 +190,7 @@ def _engine_source(output: Path) -> None:
 
 
 def _interpreter() -> str:
-    """The environment's own python: from the link in it, not from its target, Python finds the environment."""
+    """The environment's own. From the link in it, not from what that points to, Python finds it."""
     return os.path.abspath(sys.executable)
 
 
@@ -202,7 +202,8 @@ def _build_engine(cc: list[str], folder: Path) -> None:
     engine_map = folder / "engine.map"
     engine_map.write_text("{ global: tritlstm_python_start; local: *; };\n")
     # What cffi generates leaves parameters unused.
-    compile_ = [*cc, *COMPILE, "-Wno-unused-parameter", *includes, str(source)]
+    no_path = f"-ffile-prefix-map={folder}=."  # assertions name their file
+    compile_ = [*cc, *COMPILE, "-Wno-unused-parameter", no_path, *includes, str(source)]
     link = [*LINK, f"-Wl,--version-script={engine_map}", "-o", str(folder / "python_engine.so")]
     _run([*compile_, *link], "compiling the Python engine")
     source.unlink()

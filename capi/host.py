@@ -27,8 +27,8 @@ CPU, CUDA = 1, 2
 UNIFORM = 1
 
 # What forward leaves in a reserve: that it ran, on which handle and sizes. Backward runs the forward again
-# under autograd, which knows every option and on the CPU was faster than keeping the gates and walking back over
-# them (one core of an AMD EPYC, torch 2.13.0: 4.2 ms against 7.5 at T=32, B=8, H=64; 268 against 435 at
+# under autograd, which knows every option and on the CPU was faster than keeping the gates and walking back
+# over them (one core of an AMD EPYC, torch 2.13.0: 4.2 ms against 7.5 at T=32, B=8, H=64; 268 against 435 at
 # T=100, B=32, H=256).
 MARK = struct.Struct("<8sQqqq")
 MAGIC = b"tritlstm"
@@ -44,7 +44,7 @@ class HostError(Exception):
 
 
 def prepare(library: int, own: bool) -> None:
-    """Called before `bind`. ``library`` is TRITLSTM_VERSION of the C library; ``own``: it started the interpreter.
+    """Called before `bind`. ``library``: its TRITLSTM_VERSION; ``own``: it started the interpreter.
 
     Raises:
         ImportError: the library was built for another version of this package.
@@ -211,6 +211,8 @@ class Network:
         if lengths is None:
             out, (h_n, c_n) = self.module(x, (h0, c0))
             return out, h_n, c_n
+        import torch
+
         from tritlstm.functional import Options, _run_layers
 
         m = self.module
@@ -219,6 +221,8 @@ class Network:
         if self.batch_first:
             x = x.transpose(0, 1)
         out, h_n, c_n = _run_layers(x, lengths, (h0, c0), self.weights, options)
+        # A packed input has no empty sequence, so there the projection needs no care for one: it keeps h0.
+        h_n = torch.where((lengths == 0)[:, None], h0, h_n)
         return out.transpose(0, 1) if self.batch_first else out, h_n, c_n
 
     def mark(self, a: Any) -> bytes:

@@ -100,17 +100,20 @@ static int read_vocabulary(model *m, st_file *file)
 static int read_model(model *m, const char *path)
 {
     st_file file;
-    tritlstm_load_options load;
-    tritlstm_options shape;
-    tritlstm_status status;
     if (st_open(&file, path)) return complain("%s: %s", path, file.error);
     int good = read_vocabulary(m, &file) &&
                (m->embedding = read_matrix(&file, "embedding.weight", 2, m->size, &m->embed)) &&
                (m->head = read_matrix(&file, "head.weight", 2, m->size, &m->width)) &&
                (m->bias = read_matrix(&file, "head.bias", 1, m->size, NULL));
     st_close(&file);
-    if (!good) return 0;
+    return good;
+}
 
+static int read_lstm(model *m, const char *path)
+{
+    tritlstm_load_options load;
+    tritlstm_options shape;
+    tritlstm_status status;
     tritlstm_load_options_init(&load, sizeof load);
     load.prefix = "lstm.";
     load.dtype = TRITLSTM_FLOAT32;
@@ -343,7 +346,7 @@ int main(int argc, char **argv)
     size_t length = strlen(a.prompt);
     int good = read_model(&m, a.model);
     if (good && !(ids = allocate((int64_t)length, 1, sizeof *ids))) good = complain("out of memory");
-    good = good && encode(&m, a.prompt, length, ids) &&
+    good = good && encode(&m, a.prompt, length, ids) && read_lstm(&m, a.model) &&
            (a.logits ? write_logits(&m, ids, length, a.logits)
                      : write_text(&m, a.prompt, ids, length, a.length, a.temperature, a.seed));
     free(ids);

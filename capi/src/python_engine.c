@@ -9,6 +9,7 @@
 #include "python_calls.h"
 
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 enum { PYTHON_SUCCESS = 0x600D };
@@ -131,12 +132,37 @@ static int check_start(PyStatus status)
     return failed(TRITLSTM_ERROR_UNAVAILABLE, message);
 }
 
-/* The isolated configuration reads no PYTHON* variable, no user site and no command line, installs no signal handler
+/* Two variables that Python obeys even in isolation: they are out of the way while it starts. */
+static const char *const misleading[] = {"PYTHONEXECUTABLE", "__PYVENV_LAUNCHER__"};
+enum { MISLEADING = sizeof misleading / sizeof *misleading };
+
+static int hide_variables(char *values[MISLEADING])
+{
+    int status = TRITLSTM_OK;
+    for (int k = 0; k < MISLEADING; k++) {
+        const char *value = getenv(misleading[k]);
+        values[k] = value ? strdup(value) : NULL;
+        if (value && !values[k]) status = failed(TRITLSTM_ERROR_MEMORY, "out of memory");
+        if (values[k]) unsetenv(misleading[k]);
+    }
+    return status;
+}
+
+static void show_variables(char *values[MISLEADING])
+{
+    for (int k = 0; k < MISLEADING; k++) {
+        if (values[k]) setenv(misleading[k], values[k], 1);
+        free(values[k]);
+    }
+}
+
+/* The isolated configuration reads no other PYTHON* variable, no user site and no command line, installs no signal handler
  * and leaves the locale alone; sys.path follows from the executable, as when the environment's python runs. */
 static int start_interpreter(const char *python)
 {
     PyPreConfig before;
     PyConfig config;
+    char *values[MISLEADING];
     int status;
     PyPreConfig_InitIsolatedConfig(&before);
     before.utf8_mode = 1;
@@ -146,7 +172,11 @@ static int start_interpreter(const char *python)
     config.pathconfig_warnings = 0;
     status = check_start(PyConfig_SetBytesString(&config, &config.executable, python));
     if (!status) status = check_start(PyWideStringList_Append(&config.warnoptions, L"ignore"));
-    if (!status) status = check_start(Py_InitializeFromConfig(&config));
+    if (!status) {
+        status = hide_variables(values);
+        if (!status) status = check_start(Py_InitializeFromConfig(&config));
+        show_variables(values);
+    }
     PyConfig_Clear(&config);
     if (!status) PyEval_SaveThread();
     return status;
