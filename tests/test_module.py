@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
 import io
 import pickle
@@ -328,6 +329,12 @@ class TestCompile:
         mine(x)[0].sum().backward()
         for a, p in zip(got, mine.parameters(), strict=True):
             torch.testing.assert_close(a, p.grad)
+
+    def test_compiles_where_the_emulator_is_loaded(self):
+        importlib.import_module("tritlstm.emulator")
+        mine, x = tritlstm.LSTM(D, H), torch.randn(5, 3, D)
+        torch._dynamo.reset()
+        assert_same(torch.compile(mine, fullgraph=True, backend="eager")(x), mine(x), 1e-6)
 
     def test_compiles_with_packed_input_and_states(self, path):
         mine = tritlstm.LSTM(D, H, bidirectional=True)

@@ -402,14 +402,26 @@ class TestPrecision:
     def test_autocast_does_not_change_the_arithmetic_of_backward(self):
         inputs = draw(4, 2, 3, 4, torch.bfloat16)
 
-        def gradient(autocast: bool) -> Tensor:
+        def gradient(autocast: bool, create_graph: bool) -> Tensor:
             args = leaves(inputs)
             out = layer(*args, None, False, False)[0]
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                out.sum().backward()
-            return args[1].grad
+                return torch.autograd.grad(out.sum(), args[1], create_graph=create_graph)[0]
 
-        assert torch.equal(gradient(True), gradient(False))
+        plain = gradient(False, False)
+        assert torch.equal(gradient(True, False), plain)
+        assert torch.equal(gradient(True, True), plain)
+
+    def test_autocast_inside_func_grad(self):
+        x, *rest = draw(3, 2, 2, 4, torch.float32).values()
+
+        def loss(x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return ops.layer(x, *rest)[0].float().square().sum()
+
+        leaf = x.clone().requires_grad_()
+        loss(leaf).backward()
+        assert torch.equal(torch.func.grad(loss)(x), leaf.grad)
 
 
 def wrong(name: str, value: Any) -> pytest.param:

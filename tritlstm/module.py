@@ -22,7 +22,8 @@ class LSTM(nn.RNNBase):
 
     Same arguments, shapes, `state_dict`, values and errors. On a CUDA device float16, bfloat16 and float32
     run the Triton kernels of this library; everything else (the CPU, float64) runs torch's own LSTM at no
-    extra cost; compiled for training by torch.compile, plain PyTorch operators (torch can't trace its own).
+    extra cost. Only a model that `torch.compile` compiles for training runs plain PyTorch operators there,
+    because torch can't trace the backward of its own; so it stays one graph, also with a varying T.
 
     T time steps, B batch, D `input_size`, H `hidden_size`, R `proj_size` or else H, S 2 if `bidirectional`
     else 1.
@@ -181,8 +182,8 @@ def swap(model: Model) -> Model:
             left.append(f"{name or 'the model itself'} ({type(module).__qualname__})")
     if left:
         warnings.warn(
-            f"tritlstm.swap left {', '.join(left)} as before: a subclass of torch's module may behave in a way "
-            "of its own. Derive it from tritlstm.LSTM or tritlstm.LSTMCell to have it run the Triton kernels",
+            f"tritlstm.swap left {', '.join(left)} as before: a subclass of torch's module may behave in its "
+            "own way. Derive it from tritlstm.LSTM or tritlstm.LSTMCell to have it run the Triton kernels",
             stacklevel=2,
         )
     return model

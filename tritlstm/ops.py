@@ -15,15 +15,16 @@ T time steps, B batch, D input size, H hidden size, HX = H rounded up to a multi
     x        [T, B, D]   any float dtype, which w_ih, w_hh, b_ih, b_hh, h0 and gate0 share
     w_ih     [4H, D]     w_hh [4H, H]    b_ih, b_hh [4H] or None (independently)
     h0       [B, H]      c0   [B, H], which may be wider than x, to carry a float32 cell from call to call
-    lengths  [B] int32 or None. Positions t >= lengths[b] give zeros and leave the state as it was; in
-             reverse a sequence starts at its own end; h_n and c_n are the states at each sequence's own end
+    lengths  [B] int32 of values 0 to T, or None. Positions t >= lengths[b] give zeros and leave the state as
+             it was; in reverse a sequence starts at its own end; h_n and c_n are the states at its own end
     reverse  walk the time steps from the last to the first
     save     return what backward needs; switched on by itself where autograd records
     gate0    [B, 4H] or None, added to the gates before activation at each sequence's first processed step
     out      [T, B, H]   h_n [B, H], of x's dtype    c_n [B, H], of c0's dtype
     gates    [T, B, 4 HX] of x's dtype, after activation; gate k of unit u in column
              (u // 8) * 32 + k * 8 + u % 8
-    cells    [T, B, HX]  float32 (float64 for float64 inputs); both are empty(0) where nothing is saved
+    cells    [T, B, HX]  float32 (float64 for float64 inputs). Both are finite, but without meaning, in units
+             beyond H and steps beyond a sequence's end, and empty(0) where nothing is saved
     needs    seven flags, one per result; a result not needed is empty(0). grad_b [4H] is that of either bias
 
 Wrong arguments raise ValueError with the value received. First derivatives everywhere; higher ones where the
@@ -43,6 +44,7 @@ from torch.autograd import forward_ad
 
 from . import aten
 
+Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -63,19 +65,21 @@ def layer(
     reverse: bool = False,
     save: bool = False,
     gate0: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Results:
     """`torch.ops.tritlstm.layer`, which also works inside `torch.func.grad` and `torch.func.vmap`."""
     args = (x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse)
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        # A torch.func transform must meet the Function itself, not an operator that hides it.
-        return _Layer.apply(*args, True, gate0)
-    return _layer(*args, save, gate0)
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return _layer(*args, save, gate0)
+    # A torch.func transform must meet the Function itself, not an operator that hides it.
+    if torch.is_autocast_enabled(x.device.type):
+        return _forward_autocast(*args, save, gate0)
+    return _Layer.apply(*args, True, gate0)
 
 
 def _emulating() -> bool:
-    # Looked up, not imported: who never emulates never loads Triton.
+    # Looked up, not imported: who never emulates never loads the emulator. Compiled code asks when it runs.
     emulator = sys.modules.get("tritlstm.emulator")
-    return emulator is not None and emulator.active()
+    return emulator is not None and not torch.compiler.is_compiling() and emulator.active()
 
 
 def _engine(x: Tensor) -> Any:
@@ -184,15 +188,14 @@ class _Layer(torch.autograd.Function):
         x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, gate0, out, gates, cells = ctx.saved_tensors
         *before, need_b_ih, need_b_hh, need_h0, need_c0, _, _, _, need_gate0 = ctx.needs_input_grad
         needs = (*before, need_b_ih or need_b_hh, need_h0, need_c0, need_gate0)
-        formula: Any = _layer_backward
+        inputs = (*grads[:3], x, w_ih, w_hh, h0, c0, lengths)
         if torch.is_grad_enabled() and not runs_kernels(x):
             # Someone may differentiate the gradient: what was saved becomes a function of the inputs again,
-            # and the gradient a chain of plain differentiable operators.
-            formula = aten.backward
-            out, _, _, gates, cells = aten.forward(
-                x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, ctx.reverse, True, gate0
-            )
-        results = formula(*grads[:3], x, w_ih, w_hh, h0, c0, lengths, out, gates, cells, ctx.reverse, needs)
+            # and the gradient a chain of plain operators.
+            forward = (x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, ctx.reverse, True, gate0)
+            results = _differentiable_backward(forward, inputs, needs)
+        else:
+            results = _layer_backward(*inputs, out, gates, cells, ctx.reverse, needs)
         d_x, d_w_ih, d_w_hh, d_b, d_h0, d_c0, d_gate0 = (
             result if need else None for result, need in zip(results, needs, strict=True)
         )
@@ -216,6 +219,16 @@ class _LayerBackward(torch.autograd.Function):
             "torch.float64, which runs plain PyTorch operators, or use torch.nn.LSTM for the part of the "
             "model whose gradient is differentiated, inside torch.backends.cudnn.flags(enabled=False)"
         )
+
+
+def _differentiable_backward(
+    forward: tuple[Any, ...], inputs: tuple[Any, ...], needs: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    reverse = forward[8]
+    with torch.autocast(inputs[3].device.type, enabled=False):
+        out, _, _, gates, cells = aten.forward(*forward)
+        backward: Any = aten.backward
+        return backward(*inputs, out, gates, cells, reverse, needs)
 
 
 def _below_autograd(op: Any, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
@@ -268,16 +281,16 @@ def _forward_autocast(
     reverse: bool,
     save: bool,
     gate0: Tensor | None = None,
-) -> tuple[Tensor, ...]:
+) -> Results:
     device = x.device.type
     dtype = torch.get_autocast_dtype(device)
 
-    def cast(t: Tensor | None) -> Tensor | None:
+    def cast(t: Any) -> Any:
         return t if t is None or t.dtype == torch.float64 else t.to(dtype)
 
     with torch.autocast(device, enabled=False):
-        args = (cast(t) for t in (x, w_ih, w_hh, b_ih, b_hh, h0))
-        return _layer(*args, c0, lengths, reverse, save, cast(gate0))
+        x, w_ih, w_hh, b_ih, b_hh, h0 = (cast(t) for t in (x, w_ih, w_hh, b_ih, b_hh, h0))
+        return layer(x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, save, cast(gate0))
 
 
 def _backward_autocast(*args: Any) -> tuple[Tensor, ...]:
