@@ -378,7 +378,7 @@ def test_ctrl_c_in_a_process_loses_nothing(tmp_path, text_folder, corpus):
         while not (lines and lines[-1].startswith("training")):
             lines.append(process.stdout.readline())
             assert lines[-1], process.communicate()[1]
-        time.sleep(0.7)
+        time.sleep(1.5)
         process.send_signal(signal.SIGINT)
         rest, errors = process.communicate(timeout=60)
     assert process.returncode == command.STOPPED
@@ -576,10 +576,12 @@ def test_a_finished_run_is_not_trained_again(finished, capsys, monkeypatch):
     demo_package.add_arguments(parser)
     trainer = command.prepare(parser.parse_args(["--output", str(output)]), command.Files(output))
     assert trainer.counters.step == 500
-    assert "step 500" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert re.search(r"trained already, .*checkpoint\.pt: step 500", printed)
     steps = []
     monkeypatch.setattr(trainer, "step", lambda: steps.append(1))
     assert command.trained(trainer, command.Files(output))
+    assert capsys.readouterr().out == ""
     assert steps == []
     assert cli.main(["demo", "--hidden", "32", "--output", str(output)]) == 2
     assert "made with --hidden 16" in capsys.readouterr().err

@@ -168,11 +168,12 @@ def describe(trainer: train.Trainer, files: Files) -> None:
         f"{parameters:,} parameters; batch {settings.batch} x {settings.sequence} steps, {settings.dtype}"
     )
     if counters.step:
+        so_far = f"{files.checkpoint}: step {counters.step}, {counters.elapsed:.0f} s of training"
         done = settings.progress(counters.step, counters.elapsed)
-        print(
-            f"going on from {files.checkpoint}: step {counters.step}, {counters.elapsed:.0f} s of training, "
-            f"{done:.0%} of the budget (--fresh starts anew)"
-        )
+        if done < 1.0:
+            print(f"going on from {so_far}, {done:.0%} of the budget (--fresh starts anew)")
+        else:
+            print(f"trained already, {so_far} (a larger --seconds or --steps goes on, --fresh starts anew)")
     sys.stdout.flush()
 
 
@@ -187,7 +188,8 @@ def path(device: str) -> str:
 def trained(trainer: train.Trainer, files: Files) -> bool:
     """Train to the end of the budget; False where Ctrl-C came first, with everything in the checkpoint."""
     with train.interruption() as stop:
-        print("training; Ctrl-C stops it, and nothing is lost", flush=True)
+        if trainer.settings.progress(trainer.counters.step, trainer.counters.elapsed) < 1.0:
+            print("training; Ctrl-C stops it, and nothing is lost", flush=True)
         with progress.shown(trainer) as report:
             done = trainer.run(files.checkpoint, report, stop)
     counters = trainer.counters
