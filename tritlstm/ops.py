@@ -3,6 +3,7 @@
 One layer, one direction, all time steps in one call, opaque to the compiler. On CUDA tensors of float16,
 bfloat16 and float32 the Triton kernels run (`tritlstm.layer`), and so they do on CPU tensors inside
 `tritlstm.emulator.emulate()`; everywhere else the same formula in plain PyTorch operators (`tritlstm.aten`).
+Importing this module registers them (as using `tritlstm.LSTM` or `tritlstm.lstm` does).
 
     layer(x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, save, gate0=None)
         -> (out, h_n, c_n, gates, cells)
