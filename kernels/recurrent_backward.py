@@ -71,6 +71,26 @@ def _multiply_resident(
 
 
 @triton.jit
+def _sum_of_parts(parts, SPLIT: tl.constexpr):
+    """``[SPLIT, M, N]`` summed over its first dimension, pairwise.
+
+    ``tl.sum`` would leave the result, and with it the whole cell, in every warp: it lies in a layout in which the
+    warps differ only in the summed dimension.
+    """
+    total = tl.permute(parts, (1, 2, 0))
+    if SPLIT == 8:
+        total = tl.reshape(total, (parts.shape[1], parts.shape[2], 4, 2))
+        even, odd = tl.split(total)
+        total = even + odd
+    if SPLIT >= 4:
+        total = tl.reshape(total, (parts.shape[1], parts.shape[2], 2, 2))
+        even, odd = tl.split(total)
+        total = even + odd
+    even, odd = tl.split(total)
+    return even + odd
+
+
+@triton.jit
 def _gate(ptr, rows, unit, gate: tl.constexpr, mask, HX: tl.constexpr):
     pointers = ptr + rows[None, :] * (4 * HX) + layout.column_of(unit, gate)[:, None]
     return tl.load(pointers, mask=mask, other=0.0)
@@ -108,6 +128,7 @@ def recurrent_backward(
     BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr,  # parts of K that different warps multiply
     RESIDENT: tl.constexpr,  # K-chunks (of SPLIT * BLOCK_K packed columns) kept on chip
+    PROLOGUE: tl.constexpr,  # K-chunks of w_hh loaded together, before the time loop
     POLL: tl.constexpr,
     PROTOCOL: tl.constexpr,
     SINGLE: tl.constexpr,
@@ -129,6 +150,9 @@ def recurrent_backward(
     else:
         for j in tl.static_range(RESIDENT):
             weights = weights + (_weight_chunk(w_ptr, unit_begin, j * CHUNK, H, BLOCK_H, BLOCK_K, SPLIT),)
+            if (j + 1) % PROLOGUE == 0:
+                # Else the compiler issues the loads of all chunks at once and runs out of registers.
+                tl.debug_barrier()
 
     alive = tl.full((), 1, tl.int32)
     for tile in range(group, n_tiles, tl.num_programs(1)):
@@ -137,6 +161,9 @@ def recurrent_backward(
         length = tl.zeros((BLOCK_B,), tl.int32) + T
         if lengths_ptr is not None:
             length = tl.load(lengths_ptr + b, mask=in_batch, other=0)
+        # Backwards in the direction of the forward pass: t = t_begin + direction * step.
+        direction = 2 * reverse - 1
+        t_begin = (1 - reverse) * (T - 1)
         # The step whose h is h_n.
         last = tl.where(reverse != 0, 0, length - 1)
         inside = (unit[:, None] < H) & in_batch[None, :]
@@ -158,10 +185,10 @@ def recurrent_backward(
         own_f = own_i
         own_g = own_i
         own_o = own_i
-        for step in range(step_begin, step_end):
-            t = tl.where(reverse != 0, step, T - 1 - step)
-            t_later = tl.where(reverse != 0, t - 1, t + 1)
-            t_earlier = tl.where(reverse != 0, t + 1, t - 1)
+        for step in tl.range(step_begin, step_end, disable_licm=True):
+            t = t_begin + direction * step
+            t_later = t - direction
+            t_earlier = t + direction
             row = t.to(tl.int64) * B + b
 
             # Independent of the other blocks, and so ahead of the wait.
@@ -212,7 +239,7 @@ def recurrent_backward(
                 if SPLIT == 1:
                     dh += acc
                 else:
-                    dh += tl.sum(acc, axis=0)
+                    dh += _sum_of_parts(acc, SPLIT)
 
             di, df, dg, do, dc_earlier = cell.backward(dh, dc, i, f, g, o, c, c_earlier)
             active = (t < length)[None, :] & inside

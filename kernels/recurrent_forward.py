@@ -75,6 +75,7 @@ def recurrent_forward(
     BLOCK_B: tl.constexpr,
     BLOCK_K: tl.constexpr,
     RESIDENT: tl.constexpr,  # K-chunks of w_hh kept on chip; the rest is read again each step
+    PROLOGUE: tl.constexpr,  # K-chunks of w_hh loaded together, before the time loop
     POLL: tl.constexpr,  # K-chunks of h received together
     PROTOCOL: tl.constexpr,
     SINGLE: tl.constexpr,  # one block holds all units: h never leaves it
@@ -94,6 +95,9 @@ def recurrent_forward(
     weights = ()
     for j in tl.static_range(RESIDENT):
         weights = weights + (_weight_chunk(w_ptr, unit_begin, j * BLOCK_K, H, BLOCK_H, BLOCK_K),)
+        if (j + 1) % PROLOGUE == 0:
+            # Else the compiler issues the loads of all chunks at once and runs out of registers.
+            tl.debug_barrier()
 
     alive = tl.full((), 1, tl.int32)
     for tile in range(group, n_tiles, tl.num_programs(1)):
@@ -114,14 +118,17 @@ def recurrent_forward(
             h = _initial(h_n_ptr, b, unit, inside, H)
             c = _initial(c_n_ptr, b, unit, inside, H)
 
-        t = tl.where(reverse != 0, T - 1 - step_begin, step_begin)
+        # t = t_begin + direction * step
+        direction = 1 - 2 * reverse
+        t_begin = reverse * (T - 1)
+        t = t_begin + direction * step_begin
         row = t.to(tl.int64) * B + b
         gates_pointers = gates_ptr + row[None, :] * (4 * HX) + column[:, None]
         upcoming = tl.load(gates_pointers, mask=columns_stored, other=0.0)
-        for step in range(step_begin, step_end):
-            t = tl.where(reverse != 0, T - 1 - step, step)
-            t_previous = tl.where(reverse != 0, t + 1, t - 1)
-            t_next = tl.where(reverse != 0, t - 1, t + 1)
+        for step in tl.range(step_begin, step_end, disable_licm=True):
+            t = t_begin + direction * step
+            t_previous = t - direction
+            t_next = t + direction
             row = t.to(tl.int64) * B + b
 
             acc = upcoming.to(tl.float32)  # [4 BLOCK_H, BLOCK_B]

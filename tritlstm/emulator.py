@@ -65,6 +65,7 @@ class Emulation:
     """What :func:`emulate` was asked for."""
 
     sms: int = 4
+    shared_bytes: int = 227 << 10
     seed: int | None = None
     delays: Delays | None = None
     fault: Fault | None = None
@@ -92,6 +93,7 @@ def emulate(
     seed: int | None = None,
     delays: Delays | None = None,
     *,
+    shared_bytes: int = 227 << 10,
     fault: Fault | None = None,
     spin_limit: int = 20_000,
     timeout_s: float = 120.0,
@@ -99,11 +101,11 @@ def emulate(
 ) -> Iterator[Emulation]:
     """Runs CPU tensors of fp32, fp16 and bf16 through the Triton kernels, in the parallel emulator.
 
-    ``sms`` is how many thread blocks the pretended device holds at once. ``seed`` makes ``delays`` repeatable as far
+    ``sms`` is how many thread blocks the pretended device holds at once, ``shared_bytes`` the shared memory of each. ``seed`` makes ``delays`` repeatable as far
     as the operating system's scheduling lets them be. ``overrides`` force fields of the plan, as in
     :func:`tritlstm.plan.plan` (``block_h=16``, ``protocol='counter'``, …).
     """
-    emulation = Emulation(sms, seed, delays, fault, spin_limit, timeout_s, overrides)
+    emulation = Emulation(sms, shared_bytes, seed, delays, fault, spin_limit, timeout_s, overrides)
     token = _current.set(emulation)
     try:
         yield emulation

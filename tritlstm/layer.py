@@ -6,22 +6,20 @@ are trusted: :mod:`tritlstm.functional` validates them.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import emulator, plan, status
 from .kernels import exchange
 from .kernels.launch import Launch
+from .plan import padded
 
 __all__ = ["backward", "forward", "pack_gates", "padded", "unpack_gates"]
 
 GROUP = 8  # units in a group of the packed gate order; kernels/layout.py
 NEEDS_ALL = (True,) * 7
-
-
-def padded(hidden_size: int) -> int:
-    """H rounded up to a whole number of unit groups: HX."""
-    return -(-hidden_size // GROUP) * GROUP
 
 
 def pack_gates(matrix: Tensor) -> Tensor:
@@ -48,6 +46,11 @@ def _run(launch: Launch) -> None:
         emulator.run(launch)
     else:
         launch.run()
+
+
+def _overrides() -> dict[str, Any]:
+    emulation = emulator.current()
+    return {} if emulation is None else {**emulation.overrides, "spin_limit": emulation.spin_limit}
 
 
 def _row_strides(x: Tensor) -> tuple[Tensor, int, int]:
@@ -122,7 +125,7 @@ def forward(
     width = padded(hidden)
     precision = plan.dot_precision(x)
     device = plan.device_of(x)
-    layout = plan.forward(length, batch, hidden, x.dtype, device, precision, save, overrides=emulator.current())
+    layout = plan.recurrent("forward", length, batch, hidden, x.dtype, device, precision, save, _overrides())
 
     gates = _input_products(x, w_ih, b_ih, b_hh, hidden, device, precision)
     if gate0 is not None:
@@ -157,9 +160,8 @@ def forward(
         "B": batch,
         "reverse": int(reverse),
     }
-    constants = {"SAVE": save, "SEPARATE_OUT": separate}
     for begin, end in _steps(layout, length):
-        _run(layout.launch({**arguments, "step_begin": begin, "step_end": end}, constants))
+        _run(layout.launch({**arguments, "step_begin": begin, "step_end": end}))
     status.check(flag)
     empty = x.new_empty(0)
     return out, h_n, c_n.to(x.dtype), gates if save else empty, cells
@@ -258,9 +260,8 @@ def _recurrent_backward(
     length, batch, _ = x.shape
     hidden = w_hh.shape[1]
     device = plan.device_of(x)
-    layout = plan.backward(
-        length, batch, hidden, x.dtype, device, plan.dot_precision(x), overrides=emulator.current()
-    )
+    precision = plan.dot_precision(x)
+    layout = plan.recurrent("backward", length, batch, hidden, x.dtype, device, precision, True, _overrides())
     stride_t, stride_b = batch, 1
     if grad_out is not None:
         grad_out, stride_t, stride_b = _row_strides(grad_out)
@@ -287,7 +288,7 @@ def _recurrent_backward(
         "reverse": int(reverse),
     }
     for begin, end in _steps(layout, length):
-        _run(layout.launch({**arguments, "step_begin": begin, "step_end": end}, {}))
+        _run(layout.launch({**arguments, "step_begin": begin, "step_end": end}))
     status.check(flag)
     return grad_gates, grad_c0
 

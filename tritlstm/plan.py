@@ -1,64 +1,515 @@
-"""stub, grows into the planner"""
+"""Which kernel, which tiles and which exchange protocol a layer runs with, and why.
+
+The planner lists every feasible candidate for the sizes, the dtype and the device's limits, predicts the time of
+one step from a written cost model (:class:`StepCost`; derivation in ``kernels/README.md``), and takes the fastest.
+Plans depend on T only through "one step or more", and on B through a few tile widths, so that a new T never compiles
+anything and a new B at most picks another of a handful of kernels.
+"""
+
 from __future__ import annotations
-import dataclasses, torch
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import emulator
+from .kernels import exchange
 from .kernels.launch import Launch
-PROTOCOLS = {"none": 0, "counter": 1, "flag": 2}
+
+__all__ = ["DEVICES", "Device", "GemmPlan", "RecurrentPlan", "StepCost", "device_of", "explain", "gate_gemm", "recurrent"]
+
+TIERS = ("single", "persistent", "streaming", "step")
+PROTOCOLS = {"none": exchange.NONE.value, "counter": exchange.COUNTER.value, "flag": exchange.FLAG.value}
+KERNELS = {"forward": "recurrent_forward", "backward": "recurrent_backward"}
+#: dtypes of the kernels; anything else takes the ATen path.
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+#: Turns of a spin before it gives up: 2 to 5 seconds at the 0.5 to 1 µs of an L2 round trip and a check.
+SPIN_LIMIT = 1 << 22
+
 
 @dataclasses.dataclass(frozen=True)
 class Device:
+    """Limits and rates of a device, as far as the plan depends on them. Rates are data-sheet values."""
+
     name: str
+    arch: str
     sms: int
+    shared_bytes: int  # a block's limit
+    clock_ghz: float
+    fma_per_clock: int  # a multiprocessor's dense 16-bit multiply-adds on its matrix unit
+    l2_bytes_per_us: float  # all multiprocessors together
+    memory_bytes_per_us: float
+    warp_size: int = 32
+    #: Rows that the fast matrix instruction wants (wgmma, tcgen05); 16 where mma.sync or MFMA is meant.
+    matrix_rows: int = 16
+
+
+def _table() -> dict[str, Device]:
+    rows = (
+        Device("A100", "sm_80", 108, 163 << 10, 1.41, 1024, 4.0e6, 1.55e6),
+        Device("RTX 3090", "sm_86", 82, 99 << 10, 1.70, 512, 2.0e6, 0.93e6),
+        Device("RTX 4090", "sm_89", 128, 99 << 10, 2.52, 512, 5.0e6, 1.0e6),
+        Device("H100", "sm_90", 132, 227 << 10, 1.755, 2048, 5.5e6, 3.35e6, matrix_rows=64),
+        Device("B200", "sm_100", 148, 227 << 10, 1.85, 4096, 8.0e6, 7.7e6, matrix_rows=64),
+        Device("RTX 5090", "sm_120", 170, 99 << 10, 2.41, 512, 6.0e6, 1.79e6),
+        Device("MI250X", "gfx90a", 104, 64 << 10, 1.70, 512, 3.5e6, 1.6e6, warp_size=64),
+        Device("MI300X", "gfx942", 304, 64 << 10, 2.10, 1024, 8.0e6, 5.3e6, warp_size=64),
+    )
+    return {device.arch: device for device in rows}
+
+
+#: A typical part of every architecture that the kernels are compiled for.
+DEVICES: Mapping[str, Device] = _table()
+
+
+@functools.lru_cache(maxsize=64)
+def _cuda_device(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        arch = properties.gcnArchName.split(":")[0]
+        base = DEVICES.get(arch, DEVICES["gfx942"])
+        return dataclasses.replace(base, name=properties.name, arch=arch, sms=properties.multi_processor_count)
+    arch = f"sm_{properties.major}{properties.minor}"
+    # An architecture that the table does not name plans like the nearest older one that it does.
+    known = [d for d in DEVICES.values() if d.arch.startswith("sm_") and int(d.arch[3:]) <= int(arch[3:])]
+    base = DEVICES.get(arch) or (max(known, key=lambda d: int(d.arch[3:])) if known else DEVICES["sm_80"])
+    return dataclasses.replace(
+        base,
+        name=properties.name,
+        arch=arch,
+        sms=properties.multi_processor_count,
+        shared_bytes=getattr(properties, "shared_memory_per_block_optin", base.shared_bytes),
+    )
+
+
+def device_of(x: Tensor) -> Device:
+    """The device that ``x`` lies on; inside :func:`tritlstm.emulator.emulate`, the pretended one."""
+    emulation = emulator.current()
+    if emulation is not None:
+        return dataclasses.replace(DEVICES["sm_90"], name="emulator", arch="emulated", sms=emulation.sms,
+                                   shared_bytes=emulation.shared_bytes)
+    index = x.device.index if x.device.index is not None else torch.cuda.current_device()
+    return _cuda_device(index)
+
+
+def dot_precision(x: Tensor) -> str:
+    """``input_precision`` of the kernels' products: fp32 follows torch's TF32 switch for cuDNN RNNs."""
+    if x.dtype != torch.float32 or emulator.active() or torch.version.hip:
+        return "ieee" if x.dtype == torch.float32 else "tf32"
+    return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" or _legacy_tf32() else "ieee"
+
+
+def _legacy_tf32() -> bool:
+    return torch.backends.cudnn.rnn.fp32_precision == "none" and torch.backends.cudnn.allow_tf32
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCost:
+    """Predicted time of one step of one batch tile, in µs, part by part; the parts add up."""
+
+    hand_off: float  # until a published element can be read
+    copy: float  # the tile of h (or of gate gradients) from L2
+    weights: float  # resident weights from shared memory, or the matrix unit's time if longer
+    streamed: float  # the other weights from L2
+    cell: float  # epilogue: gates, cell, stores
+    launch: float  # of the step tier
+    prefill: float  # poison of the flag protocol, spread over the steps
+
+    @property
+    def total(self) -> float:
+        return sum(dataclasses.astuple(self))
+
+
+# Where no source is named: an estimate that waits for a measurement.
+FLAG_US = 0.14  # data that carries its own flag, two blocks on one GPU; see kernels/README.md
+COUNTER_US = 1.00  # counter barrier of 132 blocks on an H100
+L2_LATENCY_US = 0.17  # intercept of "8, 16, 24 KB from L2 to shared memory in 0.30, 0.50, 0.58 µs" (H100)
+SM_L2_BYTES_PER_US = 57e3  # slope of the same
+SHARED_BYTES_PER_CLOCK = 128
+CELL_US = 0.15
+CHECK_US = 0.04  # one block-wide vote on the poison
+LAUNCH_US = 5.0
+
 
 @dataclasses.dataclass(frozen=True)
 class RecurrentPlan:
-    kernel: str
+    """How one recurrent kernel will be launched."""
+
+    direction: str  # forward or backward
     tier: str
     protocol: str
+    hidden: int
+    dtype: torch.dtype
+    precision: str
+    block_h: int
+    block_b: int
+    block_k: int
+    split: int  # parts of K, one a warp (backward)
+    chunks: int
+    resident: int
+    poll: int
+    num_warps: int
     n_blocks: int
     n_groups: int
     n_tiles: int
-    constants: dict
-    num_warps: int
-    spin_limit: int = 20000
-    def launch(self, arguments, constants):
-        return Launch(self.kernel, (self.n_blocks, self.n_groups), {**arguments, "n_tiles": self.n_tiles, "spin_limit": self.spin_limit}, {**self.constants, **constants}, self.num_warps, cooperative=True)
+    shared_bytes: int
+    save: bool
+    cost: StepCost
+    spin_limit: int = SPIN_LIMIT
+
+    @property
+    def prologue(self) -> int:
+        """Chunks of w_hh that are loaded together before the time loop: as many as half the registers hold."""
+        rows = self.block_h * (4 if self.direction == "forward" else 1)
+        return max(1, PROLOGUE_BYTES * self.num_warps // (rows * self.block_k * self.split * self.dtype.itemsize))
+
+    @property
+    def us_per_step(self) -> float:
+        """Predicted time of one step of the whole batch."""
+        return self.cost.total * math.ceil(self.n_tiles / self.n_groups)
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The constexpr parameters of the kernel."""
+        constants = {
+            "H": self.hidden,
+            "HX": padded(self.hidden),
+            "BLOCK_H": self.block_h,
+            "BLOCK_B": self.block_b,
+            "BLOCK_K": self.block_k,
+            "RESIDENT": self.resident,
+            "PROLOGUE": self.prologue,
+            "POLL": self.poll,
+            "PROTOCOL": PROTOCOLS[self.protocol],
+            "SINGLE": self.tier == "single",
+            "PRECISION": self.precision,
+        }
+        if self.direction == "forward":
+            separate = padded(self.hidden) != self.hidden
+            return {**constants, "SAVE": self.save, "SEPARATE_OUT": separate}
+        return {**constants, "SPLIT": self.split}
+
+    def launch(self, arguments: dict[str, Any]) -> Launch:
+        """The launch with its tensors and sizes filled in."""
+        own = {"n_tiles": self.n_tiles, "spin_limit": self.spin_limit}
+        return Launch(
+            KERNELS[self.direction],
+            (self.n_blocks, self.n_groups),
+            {**arguments, **own},
+            self.constants,
+            self.num_warps,
+            cooperative=self.protocol != "none",
+        )
+
+    def describe(self) -> str:
+        """One line: tier, protocol, tiles."""
+        on_chip = f"{self.resident}/{self.chunks} chunks of w_hh on chip"
+        return (
+            f"{self.tier}, exchange {self.protocol}, {self.n_blocks} blocks of {self.block_h} units x {self.n_groups} "
+            f"groups, {self.n_tiles} batch tiles of {self.block_b}, {on_chip}, {self.num_warps} warps"
+        )
+
+
+def padded(hidden: int) -> int:
+    """H rounded up to a multiple of 8 (a unit group of the packed gate order): HX."""
+    return -(-hidden // 8) * 8
+
+
+def _power_of_two(value: int, least: int) -> int:
+    return max(least, 1 << (value - 1).bit_length())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Problem:
+    direction: str
+    batch: int
+    hidden: int
+    dtype: torch.dtype
+    precision: str
+    device: Device
+    save: bool
+    one_step: bool
+    block_k: int | None = None
+
+    @property
+    def element(self) -> int:
+        return self.dtype.itemsize
+
+    @property
+    def depth(self) -> int:
+        """K of the recurrent product: what a block reads of one batch row in a step."""
+        return padded(self.hidden) * (4 if self.direction == "backward" else 1)
+
+
+def _block_k(problem: _Problem, split: int) -> int:
+    """Elements of K in a chunk: 256 bytes a row forward; backward, a chunk of all parts is 256 elements."""
+    if problem.block_k is not None:
+        return problem.block_k
+    widest = 128 if problem.element == 2 else 64
+    if problem.direction == "backward":
+        widest = (256 if problem.element == 2 else 128) // split
+    return min(widest, _power_of_two(problem.hidden, 64 // split if problem.direction == "backward" else 64))
+
+
+def _candidates(problem: _Problem) -> Iterator[RecurrentPlan]:
+    hidden, device = problem.hidden, problem.device
+    for block_b in (16, 32, 64):
+        if block_b > 16 and block_b >= 2 * _power_of_two(problem.batch, 16):
+            continue
+        whole = _power_of_two(padded(hidden), 16)
+        if whole <= 128 and not problem.one_step:
+            yield from _feasible(problem, "single", whole, block_b, 4 if whole <= 32 else 8, device.sms)
+        for block_h in (16, 32, 64):
+            if block_h > 16 and block_h >= 2 * padded(hidden):
+                continue
+            for tier in ("step",) if problem.one_step else ("persistent", "streaming", "step"):
+                yield from _feasible(problem, tier, block_h, block_b, 8, device.sms)
+
+
+def _registers(problem: _Problem, block_h: int, block_b: int, tier: str, num_warps: int) -> float:
+    """Estimated 32-bit registers a thread that live through a step, the received tile apart."""
+    threads = num_warps * problem.device.warp_size
+    forward = problem.direction == "forward"
+    if forward:
+        # Accumulator, prefetched pre-activations, c, h, the four gates.
+        words = block_h * block_b * (4 + 4 * problem.element / 4 + 2 + 4)
+    else:
+        words = block_h * block_b * (num_warps + 4 + 4 + 4)
+    if tier == "single" and not forward:
+        words += 4 * block_h * block_b * problem.element / 4
+    return 40 + words / threads
+
+
+#: Registers a thread that a plan may ask for by the estimate above; found by compiling, see kernels/README.md.
+REGISTER_BUDGET = 200
+#: Bytes of weights in flight a warp before the time loop: 64 registers of 32 threads.
+PROLOGUE_BYTES = 64 * 32 * 4
+#: … and those of one received group of tiles.
+RECEIVED_REGISTERS = 64
+
+
+def _group(most: int, chunks: int) -> int:
+    """Chunks received together: a power of two, so that few kernels serve all sizes; all at once where it can be."""
+    if most < 1:
+        return 0
+    whole = _power_of_two(chunks, 1)
+    return whole if chunks <= most else 1 << (most.bit_length() - 1)
+
+
+def _feasible(
+    problem: _Problem, tier: str, block_h: int, block_b: int, num_warps: int, sms: int
+) -> Iterator[RecurrentPlan]:
+    device, hidden, element = problem.device, problem.hidden, problem.element
+    forward = problem.direction == "forward"
+    if tier != "single" and 4 * block_h * block_b > 64 * 64 * num_warps // 4 * 2:
+        return
+    n_blocks = 1 if tier == "single" else -(-padded(hidden) // block_h)
+    n_tiles = -(-problem.batch // block_b)
+    if tier != "step" and n_blocks > sms:
+        return
+    n_groups = n_tiles if tier == "step" else min(n_tiles, sms // n_blocks)
+    if tier == "single":
+        split, block_k = 1, block_h
+        chunks = resident = poll = 1
+        # Operands of the product come from registers through shared memory.
+        shared = 4 * block_h * block_h * element + 4 * block_h * block_b * 4
+        if shared > device.shared_bytes:
+            return
+    else:
+        split = 1 if forward else num_warps
+        block_k = _block_k(problem, split)
+        chunks = -(-problem.depth // (block_k * split))
+        rows = (4 if forward else 1) * block_h
+        chunk_bytes = rows * block_k * split * element
+        tile_bytes = block_k * split * block_b * element
+        per_thread = tile_bytes / 4 / (num_warps * device.warp_size)
+        spare = REGISTER_BUDGET - _registers(problem, block_h, block_b, tier, num_warps)
+        most = int(min(chunks, spare // per_thread, RECEIVED_REGISTERS // per_thread))
+        scratch = block_h * block_b * 4 * (4 if forward else split)
+        room = device.shared_bytes - scratch
+        if tier == "persistent":
+            resident = chunks
+            poll = _group(min(most, (room - chunks * chunk_bytes) // tile_bytes), chunks)
+        elif tier == "streaming":
+            resident = poll = 0
+            for together in (4, 2, 1):
+                if together <= most and resident < together:
+                    # A streamed chunk passes through shared memory as well.
+                    resident = min(chunks - 1, (room - together * tile_bytes - chunk_bytes) // chunk_bytes)
+                    poll = min(together, resident)
+        else:
+            resident, poll = 0, min(most, (room - chunk_bytes) // tile_bytes, 1)
+        if poll < 1:
+            return
+        shared = (resident + (resident < chunks)) * chunk_bytes + min(poll, chunks) * tile_bytes + scratch
+    plan = RecurrentPlan(
+        problem.direction, tier, "none", hidden, problem.dtype, problem.precision, block_h, block_b, block_k, split,
+        chunks, resident, poll, num_warps, n_blocks, n_groups, n_tiles, shared, problem.save, cost=_NO_COST,
+    )  # fmt: skip
+    for protocol in ("none",) if tier in ("single", "step") else ("flag", "counter"):
+        chosen = dataclasses.replace(plan, protocol=protocol)
+        yield dataclasses.replace(chosen, cost=_cost(problem, chosen))
+
+
+_NO_COST = StepCost(0, 0, 0, 0, 0, 0, 0)
+
+
+def _cost(problem: _Problem, plan: RecurrentPlan) -> StepCost:
+    """The cost model; kernels/README.md derives every line."""
+    device, element = problem.device, problem.element
+    blocks = min(plan.n_blocks * plan.n_groups, device.sms)
+    waves = math.ceil(plan.n_blocks * plan.n_groups / device.sms)
+    rows = min(plan.block_b, problem.batch)
+    clock = device.clock_ghz * 1e3
+    depth = problem.depth
+    weight_bytes = plan.block_h * 4 * problem.hidden * element
+    share = plan.resident / plan.chunks
+    multiply_adds = plan.block_h * plan.block_b * 4 * _power_of_two(problem.hidden, 16 if plan.tier == "single" else 1)
+    rate = device.fma_per_clock * (1.0 if element == 2 else 0.5)
+    if problem.precision == "ieee" and element == 4:
+        rate = 128 * 0.25  # CUDA cores, operands from shared memory
+    elif problem.direction == "forward" and device.matrix_rows > 16 and 4 * plan.block_h < device.matrix_rows:
+        rate *= 0.5
+    elif problem.direction == "backward":
+        rate *= 0.25  # mma.sync with the operands of one warp: a chain of dependent products
+    matrix = multiply_adds / (rate * clock)
+    shared = share * weight_bytes / (SHARED_BYTES_PER_CLOCK * clock)
+    read = rows * depth * element
+    copy = 0.0 if plan.tier == "single" else L2_LATENCY_US + max(
+        read / SM_L2_BYTES_PER_US, blocks * read / device.l2_bytes_per_us
+    )
+    left = (1.0 - share) * weight_bytes
+    streamed = max(left / SM_L2_BYTES_PER_US, blocks * left / device.l2_bytes_per_us)
+    hand_off = {"none": 0.0, "counter": COUNTER_US, "flag": FLAG_US}[plan.protocol]
+    cell = CELL_US + rows * plan.block_h * 4e-5 / plan.num_warps
+    prefill = 0.0
+    if plan.protocol == "flag":
+        polls = math.ceil(plan.resident / plan.poll) + (plan.chunks - plan.resident)
+        hand_off += CHECK_US * polls
+        prefill = rows * plan.n_groups * depth * element / device.memory_bytes_per_us
+    launch = LAUNCH_US if plan.tier == "step" and not problem.one_step else 0.0
+    return StepCost(
+        hand_off, copy * waves, max(matrix, shared) * waves, streamed * waves, cell * waves, launch, prefill
+    )
+
+
+class PlanError(ValueError):
+    """No configuration fits, or the overrides exclude all that do."""
+
+
+def recurrent(
+    direction: str,
+    length: int,
+    batch: int,
+    hidden: int,
+    dtype: torch.dtype,
+    device: Device,
+    precision: str = "ieee",
+    save: bool = True,
+    overrides: Mapping[str, Any] | None = None,
+) -> RecurrentPlan:
+    """The fastest predicted plan of one recurrent kernel.
+
+    ``direction`` is ``'forward'`` or ``'backward'``; ``overrides`` fixes fields of :class:`RecurrentPlan`
+    (``tier``, ``protocol``, ``block_h``, ``block_b``, ``block_k``, ``num_warps``, and after the choice ``split``,
+    ``resident``, ``poll``, ``n_groups``). Raises :class:`PlanError` if nothing fits.
+    """
+    fixed = dict(overrides or {})
+    block_k = fixed.pop("block_k", None)
+    # A single step needs no exchange; every longer sequence is planned alike.
+    problem = _Problem(direction, batch, hidden, dtype, precision, device, save, length == 1, block_k)
+    return _best(problem, tuple(sorted(fixed.items())))
+
+
+CHOICES = ("tier", "protocol", "block_h", "block_b", "num_warps")
+
+
+@functools.lru_cache(maxsize=4096)
+def _best(problem: _Problem, fixed: tuple[tuple[str, Any], ...]) -> RecurrentPlan:
+    wanted = dict(fixed)
+    suiting = [plan for plan in _candidates(problem) if _matches(plan, wanted)]
+    if not suiting:
+        raise PlanError(
+            f"no {problem.direction} kernel configuration for H={problem.hidden}, B={problem.batch}, {problem.dtype} on "
+            f"{problem.device.name} ({problem.device.sms} multiprocessors, {problem.device.shared_bytes} bytes of shared "
+            f"memory a block){f' with {wanted}' if wanted else ''}"
+        )
+    best = min(suiting, key=lambda plan: (plan.us_per_step, plan.num_warps, plan.block_b, plan.block_h))
+    return _adjusted(best, {key: value for key, value in wanted.items() if key not in CHOICES})
+
+
+def _matches(plan: RecurrentPlan, wanted: Mapping[str, Any]) -> bool:
+    return all(getattr(plan, key) == wanted[key] for key in CHOICES if key in wanted)
+
+
+def _adjusted(plan: RecurrentPlan, changes: Mapping[str, Any]) -> RecurrentPlan:
+    """``plan`` with fields set by hand, for tests and tuning: what depends on them follows."""
+    if not changes or plan.tier == "single":
+        return dataclasses.replace(plan, **{k: v for k, v in changes.items() if k in ("n_groups", "spin_limit")})
+    depth = padded(plan.hidden) * (4 if plan.direction == "backward" else 1)
+    split = changes.get("split", plan.split) if plan.direction == "backward" else 1
+    chunks = -(-depth // (plan.block_k * split))
+    resident = chunks if plan.tier == "persistent" else min(changes.get("resident", plan.resident), chunks)
+    poll = max(1, min(changes.get("poll", plan.poll), max(resident, 1)))
+    return dataclasses.replace(
+        plan, split=split, chunks=chunks, resident=resident, poll=poll,
+        n_groups=min(plan.n_tiles, changes.get("n_groups", plan.n_groups)),
+        spin_limit=changes.get("spin_limit", plan.spin_limit),
+    )  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True)
 class GemmPlan:
-    grid: tuple
-    constants: dict
-    def launch(self, arguments):
-        return Launch("gate_gemm", self.grid, arguments, self.constants, 4, 3)
+    """How the gate GEMM will be launched."""
 
-def dot_precision(x): return "ieee"
-def device_of(x): return Device("emu", 4)
-def _common(kind, hidden, batch, o):
-    HX = -(-hidden//8)*8
-    bh = o.get("block_h", 16); bb = o.get("block_b", 16)
-    tier = o.get("tier", "persistent")
-    protocol = "none" if tier in ("step","single") else o.get("protocol", "flag")
-    if tier == "single":
-        bh = max(16, 1 << (hidden-1).bit_length())
-    nb = -(-HX//bh); nt = -(-batch//bb)
-    return HX, bh, bb, tier, protocol, nb, nt
-def forward(length, batch, hidden, dtype, device, precision, save, overrides=None):
-    o = overrides.overrides if overrides else {}
-    HX, bh, bb, tier, protocol, nb, nt = _common("f", hidden, batch, o)
-    bk = bh if tier == "single" else o.get("block_k", 16)
-    nc = -(-hidden//bk)
-    res = o.get("resident", nc)
-    c = dict(H=hidden, HX=HX, BLOCK_H=bh, BLOCK_B=bb, BLOCK_K=bk, RESIDENT=res, POLL=o.get("poll", res), PROTOCOL=PROTOCOLS[protocol], SINGLE=tier=="single", PRECISION=precision)
-    return RecurrentPlan("recurrent_forward", tier, protocol, nb, min(nt, o.get("groups", 2)), nt, c, 4, overrides.spin_limit)
-def backward(length, batch, hidden, dtype, device, precision, overrides=None):
-    o = overrides.overrides if overrides else {}
-    HX, bh, bb, tier, protocol, nb, nt = _common("b", hidden, batch, o)
-    bk = o.get("block_k_backward", 16); sp = o.get("split", 2)
-    nc = -(-4*HX//(bk*sp))
-    res = o.get("resident_backward", nc)
-    c = dict(H=hidden, HX=HX, BLOCK_H=bh, BLOCK_B=bb, BLOCK_K=bk, SPLIT=sp, RESIDENT=res, POLL=o.get("poll", res), PROTOCOL=PROTOCOLS[protocol], SINGLE=tier=="single", PRECISION=precision)
-    return RecurrentPlan("recurrent_backward", tier, protocol, nb, min(nt, o.get("groups", 2)), nt, c, 4, overrides.spin_limit)
-def gate_gemm(rows, D, hidden, dtype, device, precision):
-    HX = -(-hidden//8)*8
-    bm, bn, bk = 16, 64, 16
-    return GemmPlan((-(-rows//bm)*(-(-4*HX//bn)),), dict(D=D, H=hidden, HX=HX, BLOCK_M=bm, BLOCK_N=bn, BLOCK_K=bk, GROUP_M=4, PRECISION=precision))
+    features: int
+    hidden: int
+    precision: str
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int
+    num_warps: int
+    num_stages: int
+    grid: int
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        return {
+            "D": self.features,
+            "H": self.hidden,
+            "HX": padded(self.hidden),
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "GROUP_M": self.group_m,
+            "PRECISION": self.precision,
+        }
+
+    def launch(self, arguments: dict[str, Any]) -> Launch:
+        return Launch("gate_gemm", (self.grid,), arguments, self.constants, self.num_warps, self.num_stages)
+
+
+@functools.lru_cache(maxsize=4096)
+def gate_gemm(
+    rows: int, features: int, hidden: int, dtype: torch.dtype, device: Device, precision: str = "ieee"
+) -> GemmPlan:
+    """The plan of the gate GEMM ``[rows, D] x [D, 4H]``: large tiles where they fill the device, else small ones."""
+    columns = 4 * padded(hidden)
+    if device.arch == "emulated":
+        block_m, block_n, num_warps = 32, 64, 4
+    else:
+        block_m, block_n, num_warps = 128, 128, 8
+        if -(-rows // block_m) * -(-columns // block_n) < device.sms or device.shared_bytes < 128 << 10:
+            block_m, block_n, num_warps = 64, 64, 4
+        if rows <= 16:
+            block_m = 16
+    block_k = min(64 if dtype.itemsize == 2 else 32, _power_of_two(features, 16))
+    num_stages = 3 if device.shared_bytes >= 128 << 10 else 2
+    tiles = -(-rows // block_m) * -(-columns // block_n)
+    return GemmPlan(features, hidden, precision, block_m, block_n, block_k, 8, num_warps, num_stages, tiles)
