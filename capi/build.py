@@ -191,6 +191,8 @@ def _engine_source(output: Path) -> None:
 
 def _interpreter() -> str:
     """The environment's own. From the link in it, not from what that points to, Python finds it."""
+    if not sys.executable:
+        raise BuildError("this Python does not know its own executable: run tritlstm build-c from a terminal")
     return os.path.abspath(sys.executable)
 
 
@@ -218,7 +220,7 @@ def _build_engine(cc: list[str], folder: Path) -> None:
         f"libpython = {libpython or private.name}",
         f"version = {sysconfig.get_python_version()}",
     ]
-    (folder / "python_engine.conf").write_text("\n".join(settings) + "\n")
+    (folder / "python_engine.conf").write_bytes(os.fsencode("\n".join(settings) + "\n"))
 
 
 def _build_library(cc: list[str], lib: Path) -> None:

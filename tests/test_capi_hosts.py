@@ -156,7 +156,7 @@ def arguments(*words: str) -> argparse.Namespace:
 
 
 def test_build_c_builds_over_what_is_there_and_says_how_to_go_on(built, probe, tmp_path, capsys):
-    prefix = tmp_path / "with space"
+    prefix = tmp_path / "with sp\u00e4ce"
     shutil.copytree(built.directory, prefix, symlinks=True)
     assert build.run(arguments(str(prefix), "--examples")) == 0
     said = capsys.readouterr().out
@@ -231,6 +231,17 @@ def test_a_static_libpython_becomes_a_shared_one_where_it_can(tmp_path):
         # Text relocations are what a linker refuses only when it is asked to.
         build.link_libpython([*build.compiler(), "-Wl,-z,text"], [bad], output)
     assert "Use a Python that has a shared one" in str(caught.value)
+
+
+def test_libpython_is_found_beside_the_interpreter(monkeypatch):
+    """Relocated Pythons remember the folder of the machine that built them."""
+    found = build.shared_libpython()
+    if found is None:
+        pytest.skip("this Python has no shared libpython")
+    true = sysconfig.get_config_var
+    gone = {"LIBDIR": "/install/lib", "LIBPL": "/install/lib/config"}
+    monkeypatch.setattr(sysconfig, "get_config_var", lambda name: gone.get(name) or true(name))
+    assert build.shared_libpython() == found
 
 
 def test_a_prefix_that_can_not_be_written(capsys, tmp_path):
@@ -595,3 +606,20 @@ def test_the_reader_survives_damaged_files(tmp_path):
     accepted, refused = (int(number) for number in re.findall(r"\d+", done.stdout))
     assert accepted + refused == 30000
     assert accepted > 100  # damage to the tensors' own bytes is no damage to the file
+
+
+# -- the page -----------------------------------------------------------------------------------------------
+
+
+def test_the_host_on_the_page_runs(built, tmp_path):
+    page = (HOSTS.parents[1] / "docs/c.md").read_text(encoding="utf-8")
+    (source,) = re.findall(r"^```c\n(.*?)^```$", page, re.S | re.M)
+    (tmp_path / "host.c").write_text(source)
+    compile_(*build.compiler(), *STRICT, tmp_path / "host.c", *built.flags(), "-o", tmp_path / "host")
+    done = run([tmp_path / "host"], cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "'model.safetensors': No such file or directory\n"
+    weights = {f"lstm.{name}": value for name, value in nn.LSTM(64, 128).state_dict().items()}
+    save_file(weights, tmp_path / "model.safetensors")
+    done = run([tmp_path / "host"], cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

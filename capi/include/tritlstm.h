@@ -25,8 +25,8 @@
  * Alignment     Arrays to their element size; workspace and reserve to TRITLSTM_ALIGNMENT bytes.
  * Ownership     The caller owns every array and struct; the library keeps no pointer after a call returns
  *               (TRITLSTM_CUDA: after the work it enqueued is done). Handles are the library's: destroy them.
- * Aliasing      What a call writes must not overlap what it reads or otherwise writes, with two exceptions:
- *               h_n may be h0 and c_n may be c0, the same pointer. Overlap is refused.
+ * Aliasing      What a call writes must not overlap what it reads or otherwise writes; that is refused. The
+ *               exception: h_n may be the pointer h0 and c_n the pointer c0 (if no backward needs them later).
  * Zeroing       Outputs are overwritten, never added to, and need no initial value. On failure their content
  *               is undefined; the inputs are never changed.
  * Streams       `stream` is a cudaStream_t (CUstream) of the handle's device, NULL the default stream. Work is

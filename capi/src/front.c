@@ -623,29 +623,38 @@ static int check_copy(const tritlstm_options *o, int32_t device, const void *str
     return check_stream(o, stream);
 }
 
-static int copy_weights(const tritlstm *lstm, const void *const *weights, int32_t device, const void *stream)
+static int check_weights(const tritlstm *lstm, const void *const *weights, int32_t device, const void *stream,
+                         int written)
 {
+    array few[64];
+    arrays set = {0, 0, few};
     int status = check_lstm(lstm);
     if (status) return status;
     const tritlstm_options *o = &lstm->options;
+    size_t count = (size_t)weight_count(o);
     if (!weights) return null_argument("weights");
     if ((status = check_copy(o, device, stream))) return status;
-    for (int64_t k = 0; k < weight_count(o); k++)
-        if ((uintptr_t)weights[k] % element_bytes(o->dtype))
-            return fail(TRITLSTM_ERROR_ARGUMENT, "weights[%" PRId64 "] is not aligned to %zu bytes", k,
-                        element_bytes(o->dtype));
-    return TRITLSTM_OK;
+    if (count > sizeof few / sizeof *few && !(set.items = malloc(count * sizeof *set.items)))
+        return fail(TRITLSTM_ERROR_MEMORY, "out of memory");
+    for (size_t k = 0; k < count; k++) {
+        size_t bytes = 0;
+        if (!set.status) set.status = weight_bytes(o, (int64_t)k, &bytes);
+        add_array(&set, "weights", weights[k], bytes, element_bytes(o->dtype), 0, written);
+    }
+    status = check_overlap(&set);
+    if (set.items != few) free(set.items);
+    return status;
 }
 
 tritlstm_status tritlstm_get_weights(const tritlstm *lstm, void *const *weights, int32_t device, void *stream)
 {
-    int status = copy_weights(lstm, (const void *const *)weights, device, stream);
+    int status = check_weights(lstm, (const void *const *)weights, device, stream, 1);
     return status ? status : lstm->engine->get_weights(lstm->id, weights, device, stream);
 }
 
 tritlstm_status tritlstm_set_weights(tritlstm *lstm, const void *const *weights, int32_t device, void *stream)
 {
-    int status = copy_weights(lstm, weights, device, stream);
+    int status = check_weights(lstm, weights, device, stream, 0);
     return status ? status : lstm->engine->set_weights(lstm->id, weights, device, stream);
 }
 
