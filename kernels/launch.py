@@ -34,9 +34,19 @@ class Launch:
     num_stages: int = 1
     cooperative: bool = False
 
+    def options(self, backend: str) -> dict[str, int]:
+        """Compiler options for a Triton backend, ``'cuda'`` or ``'hip'``."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if backend == "cuda":
+            # Told nothing, ptxas aims at two blocks a multiprocessor and spills for it; here one fills it.
+            options["maxnreg"] = min(255, 65536 // (32 * self.num_warps))
+        return options
+
     def run(self) -> None:
         """Launches on the current CUDA device and stream."""
-        options: dict[str, Any] = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        import torch
+
+        options: dict[str, Any] = dict(self.options("hip" if torch.version.hip else "cuda"))
         if self.cooperative:
             options["launch_cooperative_grid"] = True
         kernel_function(self.kernel)[self.grid](**self.arguments, **self.constants, **options)

@@ -192,10 +192,10 @@ def recurrent_backward(
             row = t.to(tl.int64) * B + b
 
             # Independent of the other blocks, and so ahead of the wait.
-            i = _gate(gates_ptr, row, unit, 0, stored, HX).to(tl.float32)
-            f = _gate(gates_ptr, row, unit, 1, stored, HX).to(tl.float32)
-            g = _gate(gates_ptr, row, unit, 2, stored, HX).to(tl.float32)
-            o = _gate(gates_ptr, row, unit, 3, stored, HX).to(tl.float32)
+            i = _gate(gates_ptr, row, unit, 0, stored, HX)
+            f = _gate(gates_ptr, row, unit, 1, stored, HX)
+            g = _gate(gates_ptr, row, unit, 2, stored, HX)
+            o = _gate(gates_ptr, row, unit, 3, stored, HX)
             c = tl.load(cells_ptr + row[None, :] * HX + unit[:, None], mask=stored, other=0.0)
             earlier_row = t_earlier.to(tl.int64) * B + b
             starts = (t_earlier < 0) | (t_earlier >= length)
@@ -241,7 +241,9 @@ def recurrent_backward(
                 else:
                     dh += _sum_of_parts(acc, SPLIT)
 
-            di, df, dg, do, dc_earlier = cell.backward(dh, dc, i, f, g, o, c, c_earlier)
+            di, df, dg, do, dc_earlier = cell.backward(
+                dh, dc, i.to(tl.float32), f.to(tl.float32), g.to(tl.float32), o.to(tl.float32), c, c_earlier
+            )
             active = (t < length)[None, :] & inside
             lost = tl.where(alive > 0, 0.0, float("nan"))
             own_i = tl.where(active, di + lost, 0.0).to(dtype)

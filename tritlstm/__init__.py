@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .explanation import explain
     from .functional import lstm
     from .module import LSTM, LSTMCell, swap
-    from .plan import explain
 
 __all__ = ["LSTM", "LSTMCell", "__version__", "explain", "lstm", "swap"]
 
@@ -23,7 +23,7 @@ _HOME = {
     "LSTMCell": "module",
     "swap": "module",
     "lstm": "functional",
-    "explain": "plan",
+    "explain": "explanation",
 }
 _SUBMODULES = frozenset({"capi", "emulator", "functional", "kernels", "ops", "plan", "reference"})
 

@@ -123,7 +123,8 @@ class _Worker:
         fd = theirs.fileno()
         environment = dict(os.environ, TRITON_INTERPRET="1", OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tritlstm.emulator_worker", str(fd)], pass_fds=[fd], env=environment
+            [sys.executable, "-m", "tritlstm.emulator_worker", str(fd)], pass_fds=[fd], env=environment,
+            start_new_session=True,  # Ctrl-C is the caller's; the worker ends with the pipe
         )
         theirs.close()
 

@@ -34,8 +34,15 @@ def bf16_to_float32(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
+def float32_to_bf16(values: np.ndarray) -> np.ndarray:
+    """To nearest, ties to even, as the GPU converts; every NaN becomes the canonical one."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(values), 0x7FFF, rounded).astype(np.uint16)
+
+
 class Builder(interpreter.InterpreterBuilder):
-    """The interpreter's builder with a right bf16 dot, fair spinning, delays and faults."""
+    """The interpreter's builder with a right bf16 dot and rounding, fair spinning, delays and faults."""
 
     def configure(self, emulation: dict[str, Any], program: tuple[int, ...]) -> None:
         self.delays = emulation["delays"]
@@ -50,6 +57,17 @@ class Builder(interpreter.InterpreterBuilder):
             return False
         time.sleep(self.random.random() * self.delays["longest_s"])
         return True
+
+    def cast_impl(self, src, dst_type):
+        if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
+            # The interpreter cuts the low bits off.
+            return interpreter.TensorHandle(float32_to_bf16(src.data), tl.bfloat16)
+        return super().cast_impl(src, dst_type)
+
+    def create_fp_to_fp(self, src, dst_type, rounding_mode):
+        if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
+            return self.cast_impl(src, dst_type)
+        return super().create_fp_to_fp(src, dst_type, rounding_mode)
 
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
         operands = []

@@ -122,7 +122,7 @@ def compile_launch(launch: Launch, arch: str) -> Any:
         target = GPUTarget("hip", arch, 64)
     else:
         target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    options = launch.options(target.backend)
     source = ASTSource(function, signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=target, options=options)
 

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from . import emulator, plan, status
+from .aten import GROUP
 from .kernels import exchange
 from .kernels.launch import Launch
 from .plan import padded
 
-__all__ = ["backward", "forward", "pack_gates", "padded", "unpack_gates"]
+__all__ = ["backward", "forward", "pack_rows", "padded", "unpack_rows"]
 
-GROUP = 8  # units in a group of the packed gate order; kernels/layout.py
 NEEDS_ALL = (True,) * 7
 
 
-def pack_gates(matrix: Tensor) -> Tensor:
+def pack_rows(matrix: Tensor) -> Tensor:
     """``[4H, …]`` in i, f, g, o order to ``[4 HX, …]`` in packed order, zero rows for the padding."""
     hidden = matrix.shape[0] // 4
     rest = matrix.shape[1:]
@@ -34,8 +34,8 @@ def pack_gates(matrix: Tensor) -> Tensor:
     return gates.reshape(4, -1, GROUP, *rest).transpose(0, 1).reshape(4 * padded(hidden), *rest)
 
 
-def unpack_gates(matrix: Tensor, hidden: int) -> Tensor:
-    """The inverse of :func:`pack_gates`: ``[4 HX, …]`` in packed order to ``[4H, …]``."""
+def unpack_rows(matrix: Tensor, hidden: int) -> Tensor:
+    """The inverse of :func:`pack_rows`: ``[4 HX, …]`` in packed order to ``[4H, …]``."""
     rest = matrix.shape[1:]
     gates = matrix.reshape(-1, 4, GROUP, *rest).transpose(0, 1).reshape(4, padded(hidden), *rest)
     return gates[:, :hidden].reshape(4 * hidden, *rest)
@@ -45,7 +45,8 @@ def _run(launch: Launch) -> None:
     if emulator.active():
         emulator.run(launch)
     else:
-        launch.run()
+        with torch.cuda.device_of(next(v for v in launch.arguments.values() if isinstance(v, Tensor))):
+            launch.run()
 
 
 def _overrides() -> dict[str, Any]:
@@ -131,7 +132,7 @@ def forward(
     if gate0 is not None:
         first = _first_rows(length, batch, lengths, reverse, x.device)
         flat = gates.view(length * batch, 4 * width)
-        flat[first] += pack_gates(gate0.t()).t().to(flat.dtype)
+        flat[first] += pack_rows(gate0.t()).t().to(flat.dtype)
 
     separate = width != hidden
     buffer = _exchange_buffer((length, batch, width), x, layout.protocol)
@@ -139,7 +140,7 @@ def forward(
     cells = torch.empty((length, batch, width) if save else (0,), dtype=torch.float32, device=x.device)
     h_n = torch.empty((batch, hidden), dtype=x.dtype, device=x.device)
     # Between the launches of the step tier the cell state keeps fp32.
-    c_dtype = torch.float32 if layout.tier == "step" else x.dtype
+    c_dtype = torch.float32 if layout.tier == "step" else c0.dtype
     c_n = torch.empty((batch, hidden), dtype=c_dtype, device=x.device)
     counters = _counters(layout, x.device)
     flag = status.of(x.device)
@@ -164,7 +165,7 @@ def forward(
         _run(layout.launch({**arguments, "step_begin": begin, "step_end": end}))
     status.check(flag)
     empty = x.new_empty(0)
-    return out, h_n, c_n.to(x.dtype), gates if save else empty, cells
+    return out, h_n, c_n.to(c0.dtype), gates if save else empty, cells
 
 
 def _input_products(
@@ -226,22 +227,22 @@ def backward(
     need_x, need_w_ih, need_w_hh, need_b, need_h0, need_c0, need_gate0 = needs
     grad_x = grad_w_ih = grad_w_hh = grad_b = grad_h0 = grad_gate0 = empty
     if need_x:
-        grad_x = torch.mm(rows, pack_gates(w_ih)).view(length, batch, features)
+        grad_x = torch.mm(rows, pack_rows(w_ih)).view(length, batch, features)
     if need_w_ih:
-        grad_w_ih = unpack_gates(torch.mm(rows.t(), x.reshape(length * batch, features)), hidden)
+        grad_w_ih = unpack_rows(torch.mm(rows.t(), x.reshape(length * batch, features)), hidden)
     if need_b:
-        grad_b = unpack_gates(rows.sum(0), hidden)
+        grad_b = unpack_rows(rows.sum(0), hidden)
     if need_w_hh or need_h0 or need_gate0:
         first = rows[_first_rows(length, batch, lengths, reverse, x.device)]
         if need_w_hh:
-            grad_w_hh = unpack_gates(_recurrent_weight_gradient(rows, first, out, h0, reverse), hidden)
+            grad_w_hh = unpack_rows(_recurrent_weight_gradient(rows, first, out, h0, reverse), hidden)
         if need_h0:
-            grad_h0 = torch.mm(first, pack_gates(w_hh))
+            grad_h0 = torch.mm(first, pack_rows(w_hh))
             if lengths is not None and grad_h_n is not None:
                 grad_h0 = torch.where((lengths == 0)[:, None], grad_h_n, grad_h0)
         if need_gate0:
-            grad_gate0 = unpack_gates(first.t(), hidden).t().contiguous()
-    return grad_x, grad_w_ih, grad_w_hh, grad_b, grad_h0, grad_c0.to(x.dtype) if need_c0 else empty, grad_gate0
+            grad_gate0 = unpack_rows(first.t(), hidden).t().contiguous()
+    return grad_x, grad_w_ih, grad_w_hh, grad_b, grad_h0, grad_c0.to(c0.dtype) if need_c0 else empty, grad_gate0
 
 
 def _recurrent_backward(

@@ -21,7 +21,20 @@ from . import emulator
 from .kernels import exchange
 from .kernels.launch import Launch
 
-__all__ = ["DEVICES", "Device", "GemmPlan", "RecurrentPlan", "StepCost", "device_of", "explain", "gate_gemm", "recurrent"]
+__all__ = [
+    "DEVICES",
+    "TIERS",
+    "Device",
+    "GemmPlan",
+    "PlanError",
+    "RecurrentPlan",
+    "StepCost",
+    "device_of",
+    "dot_precision",
+    "gate_gemm",
+    "recurrent",
+    "tiers",
+]
 
 TIERS = ("single", "persistent", "streaming", "step")
 PROTOCOLS = {"none": exchange.NONE.value, "counter": exchange.COUNTER.value, "flag": exchange.FLAG.value}
@@ -271,26 +284,23 @@ def _candidates(problem: _Problem) -> Iterator[RecurrentPlan]:
                 yield from _feasible(problem, tier, block_h, block_b, 8, device.sms)
 
 
-def _registers(problem: _Problem, block_h: int, block_b: int, tier: str, num_warps: int) -> float:
-    """Estimated 32-bit registers a thread that live through a step, the received tile apart."""
-    threads = num_warps * problem.device.warp_size
-    forward = problem.direction == "forward"
-    if forward:
-        # Accumulator, prefetched pre-activations, c, h, the four gates.
-        words = block_h * block_b * (4 + 4 * problem.element / 4 + 2 + 4)
-    else:
-        words = block_h * block_b * (num_warps + 4 + 4 + 4)
-    if tier == "single" and not forward:
-        words += 4 * block_h * block_b * problem.element / 4
-    return 40 + words / threads
-
-
-#: Registers a thread that a plan may ask for by the estimate above; found by compiling, see kernels/README.md.
-REGISTER_BUDGET = 200
-#: Bytes of weights in flight a warp before the time loop: 64 registers of 32 threads.
-PROLOGUE_BYTES = 64 * 32 * 4
+#: Registers a thread that a plan may ask for by the estimate below, of the 255 there are. The estimate misses
+#: addresses and temporaries; the rest was found by compiling every configuration (``tritlstm kernels``).
+REGISTER_BUDGET = {"forward": 166, "backward": 150}
 #: … and those of one received group of tiles.
 RECEIVED_REGISTERS = 64
+#: Bytes of weights in flight a warp before the time loop: 64 registers of 32 threads.
+PROLOGUE_BYTES = 64 * 32 * 4
+
+
+def _registers(problem: _Problem, block_h: int, block_b: int, chunks: int, num_warps: int) -> float:
+    """Estimated 32-bit registers a thread that live through a step, the received tiles apart."""
+    cells = block_h * block_b / (num_warps * problem.device.warp_size)
+    if problem.direction == "forward":
+        # Accumulator, prefetched pre-activations, c, h, four gates; descriptors of the weights' chunks.
+        return 40 + cells * (4 + problem.element + 2 + 4) + 8 * chunks
+    # Partial sums or gates and cells, whichever is more; the new gradients.
+    return 40 + cells * (num_warps + 4 + 4) + 2 * chunks
 
 
 def _group(most: int, chunks: int) -> int:
@@ -318,7 +328,8 @@ def _feasible(
         chunks = resident = poll = 1
         # Operands of the product come from registers through shared memory.
         shared = 4 * block_h * block_h * element + 4 * block_h * block_b * 4
-        if shared > device.shared_bytes:
+        registers = _registers(problem, block_h, block_b, block_h // 32, num_warps)
+        if shared > device.shared_bytes or registers > REGISTER_BUDGET[problem.direction]:
             return
     else:
         split = 1 if forward else num_warps
@@ -327,11 +338,12 @@ def _feasible(
         rows = (4 if forward else 1) * block_h
         chunk_bytes = rows * block_k * split * element
         tile_bytes = block_k * split * block_b * element
-        per_thread = tile_bytes / 4 / (num_warps * device.warp_size)
-        spare = REGISTER_BUDGET - _registers(problem, block_h, block_b, tier, num_warps)
-        most = int(min(chunks, spare // per_thread, RECEIVED_REGISTERS // per_thread))
         scratch = block_h * block_b * 4 * (4 if forward else split)
         room = device.shared_bytes - scratch
+        on_chip = 0 if tier == "step" else min(chunks, room // chunk_bytes)
+        per_thread = tile_bytes / 4 / (num_warps * device.warp_size)
+        spare = REGISTER_BUDGET[problem.direction] - _registers(problem, block_h, block_b, on_chip, num_warps)
+        most = int(min(chunks, spare // per_thread, RECEIVED_REGISTERS // per_thread))
         if tier == "persistent":
             resident = chunks
             poll = _group(min(most, (room - chunks * chunk_bytes) // tile_bytes), chunks)
@@ -424,6 +436,49 @@ def recurrent(
     # A single step needs no exchange; every longer sequence is planned alike.
     problem = _Problem(direction, batch, hidden, dtype, precision, device, save, length == 1, block_k)
     return _best(problem, tuple(sorted(fixed.items())))
+
+
+def tiers(
+    direction: str,
+    length: int,
+    batch: int,
+    hidden: int,
+    dtype: torch.dtype,
+    device: Device,
+    precision: str = "ieee",
+    save: bool = True,
+) -> dict[str, RecurrentPlan | str]:
+    """The best plan of every tier or, where a tier can't run these sizes, the reason."""
+    problem = _Problem(direction, batch, hidden, dtype, precision, device, save, length == 1)
+    found: dict[str, RecurrentPlan | str] = {}
+    for tier in TIERS:
+        plans = [plan for plan in _candidates(problem) if plan.tier == tier]
+        found[tier] = min(plans, key=lambda plan: plan.us_per_step) if plans else _why_not(problem, tier)
+    return found
+
+
+def _why_not(problem: _Problem, tier: str) -> str:
+    device, hidden = problem.device, problem.hidden
+    weights = 4 * hidden * hidden * problem.element
+    if problem.one_step and tier != "step":
+        return "a single time step needs no loop"
+    if tier == "single":
+        return (
+            f"a block would hold all of w_hh, {_kib(weights)} KiB, in at most {_kib(device.shared_bytes)} KiB of "
+            "shared memory and for H up to 128"
+        )
+    if tier == "persistent":
+        return (
+            f"w_hh is {_kib(weights)} KiB; {device.sms} blocks with {_kib(device.shared_bytes)} KiB of shared memory "
+            "each, less the tiles that pass through it, can't hold it"
+        )
+    if -(-padded(hidden) // 64) > device.sms:
+        return f"even 64 units a block make more blocks than the {device.sms} multiprocessors hold at once"
+    return "w_hh fits on chip" if tier == "streaming" else "the received tile does not fit registers or shared memory"
+
+
+def _kib(size: int) -> int:
+    return -(-size // 1024)
 
 
 CHOICES = ("tier", "protocol", "block_h", "block_b", "num_warps")

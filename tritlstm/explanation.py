@@ -1,0 +1,143 @@
+"""Which path a module takes for an input, with which kernels, tiles and exchange, and why not a faster one."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from . import emulator, plan
+
+__all__ = ["Explanation", "KernelChoice", "explain"]
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelChoice:
+    """One kernel of one layer: the plan that runs and, tier by tier, the alternatives or why there is none."""
+
+    name: str
+    plan: plan.RecurrentPlan
+    tiers: dict[str, plan.RecurrentPlan | str]
+
+    def __str__(self) -> str:
+        chosen = self.plan
+        cost = dataclasses.asdict(chosen.cost)
+        parts = ", ".join(f"{name} {value:.2f}" for name, value in cost.items() if value)
+        lines = [
+            f"  {self.name}: {chosen.describe()}",
+            f"    predicted {chosen.us_per_step:.2f} us a step (of one tile: {parts}); not a measurement",
+        ]
+        for tier, other in self.tiers.items():
+            if tier == chosen.tier:
+                continue
+            told = other if isinstance(other, str) else f"predicted {other.us_per_step:.2f} us a step"
+            lines.append(f"    not {tier}: {told}")
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What :func:`explain` found. ``path`` is ``'kernels'``, ``'aten'`` or ``'torch'``; ``str()`` tells it all."""
+
+    path: str
+    reason: str
+    device: str
+    sizes: dict[str, int]
+    layers: str = ""
+    kernels: tuple[KernelChoice, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{name}={value}" for name, value in self.sizes.items())
+        lines = [f"path: {self.path} ({self.reason})", f"device: {self.device}", f"sizes: {sizes}"]
+        if self.kernels:
+            lines.append(f"{self.layers}:")
+            lines.extend(str(kernel) for kernel in self.kernels)
+        lines.extend(f"note: {note}" for note in self.notes)
+        return "\n".join(lines)
+
+
+def explain(
+    module: nn.Module, input: Tensor | PackedSequence, hx: Any = None, *, training: bool | None = None
+) -> Explanation:
+    """Says which path ``module(input, hx)`` takes, without running it.
+
+    Args:
+        module: a :class:`tritlstm.LSTM` or :class:`tritlstm.LSTMCell`.
+        input: as the module takes it; only its shape, dtype and device are read.
+        hx: as the module takes it; not read.
+        training: whether gradients will be asked for; by default, whether autograd is on and a parameter needs them.
+
+    Returns:
+        An :class:`Explanation`; ``print`` it.
+
+    Raises:
+        TypeError: ``module`` is not one of tritlstm's.
+    """
+    from .module import LSTM, LSTMCell
+
+    if not isinstance(module, (LSTM, LSTMCell)):
+        raise TypeError(
+            f"explain takes a tritlstm.LSTM or tritlstm.LSTMCell, got {type(module).__name__}; "
+            "tritlstm.swap(model) turns the modules of torch.nn into them"
+        )
+    data = input.data if isinstance(input, PackedSequence) else input
+    length, batch = _sizes(module, input)
+    if training is None:
+        training = torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
+    sizes = {"T": length, "B": batch, "D": module.input_size, "H": module.hidden_size}
+    dtype = data.dtype
+    if torch.is_autocast_enabled(data.device.type):
+        dtype = torch.get_autocast_dtype(data.device.type)
+    if batch == 0:
+        return Explanation("aten", "an empty batch needs no kernel", str(data.device), sizes)
+    if not data.is_cuda and not emulator.active():
+        notes = (
+            "compiled training on the CPU runs the layer in PyTorch's own operators instead",
+            "tritlstm.emulator.emulate() runs the Triton kernels on a CPU, for tests",
+        )
+        reason = f"tensors on {data.device.type}: torch's own LSTM is the fast one there"
+        return Explanation("torch", reason, str(data.device), sizes, notes=notes)
+    if dtype not in plan.DTYPES:
+        names = ", ".join(str(kind).removeprefix("torch.") for kind in plan.DTYPES)
+        reason = f"the kernels compute in {names}, not in {str(dtype).removeprefix('torch.')}"
+        return Explanation("aten", reason, str(data.device), sizes)
+    return _kernels(module, data.to(dtype=dtype, device="meta"), plan.device_of(data), sizes, training,
+                    plan.dot_precision(torch.empty(0, dtype=dtype)))  # fmt: skip
+
+
+def _sizes(module: nn.Module, input: Tensor | PackedSequence) -> tuple[int, int]:
+    if isinstance(input, PackedSequence):
+        return len(input.batch_sizes), int(input.batch_sizes[0])
+    if not hasattr(module, "num_layers"):
+        return 1, input.shape[0] if input.dim() == 2 else 1
+    if input.dim() == 2:
+        return input.shape[0], 1
+    steps, batch = (1, 0) if module.batch_first else (0, 1)
+    return input.shape[steps], input.shape[batch]
+
+
+def _kernels(
+    module: Any, data: Tensor, device: plan.Device, sizes: dict[str, int], training: bool, precision: str
+) -> Explanation:
+    length, batch, hidden = sizes["T"], sizes["B"], sizes["H"]
+    emulation = emulator.current()
+    overrides = {} if emulation is None else emulation.overrides
+    kernels = []
+    for direction in ("forward", "backward") if training else ("forward",):
+        arguments = (direction, length, batch, hidden, data.dtype, device, precision, training)
+        chosen = plan.recurrent(*arguments, overrides)
+        kernels.append(KernelChoice(direction, chosen, plan.tiers(*arguments)))
+    count = getattr(module, "num_layers", 1)
+    directions = 1 + bool(getattr(module, "bidirectional", False))
+    name = "the layer" if count * directions == 1 else f"each of {count} layer(s) x {directions} direction(s)"
+    notes = ["layers and directions run one after another"] if count * directions > 1 else []
+    if getattr(module, "proj_size", 0):
+        notes.append("projection is folded into w_hh, so the recurrence runs at the full width H")
+    if data.dtype == torch.float32:
+        notes.append(f"fp32 products in {precision}, as torch.backends.cudnn.rnn.fp32_precision asks")
+    where = f"{device.name} ({device.arch}, {device.sms} multiprocessors, {device.shared_bytes} bytes of shared memory)"
+    return Explanation("kernels", "Triton kernels", where, sizes, name, tuple(kernels), tuple(notes))
