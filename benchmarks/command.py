@@ -182,6 +182,8 @@ def _bench(args: argparse.Namespace) -> int:
     except (ValueError, RuntimeError, ResumeError) as error:
         raise _UsageError(str(error)) from error
 
+    if hint := device_module.busy(device):
+        print(hint)
     effort = Effort(budget_ms=80.0, rounds=5, fewest=5) if args.quick else efforts[name]
     status = EXIT_OK
     with device_module.settings(device), _reporter() as reporter:

@@ -70,19 +70,20 @@ def find(kind: str, handoff_us: float | None = None) -> Device:
 def measure(device: Device, dtype: str) -> Limits:
     """Measure the bandwidth of a large copy (read and write counted) and the rate of a large matrix product.
 
-    The best of several tries: a limit is what the device can do, not what it did on average.
+    The best of several tries: a limit is what the device can do, not what it did on average. On a CPU the
+    tries are short and many, so that one falls between two turns of whatever else runs on the machine.
     """
     gpu = device.kind == "gpu"
     size = min(2 << 30, device.memory_bytes // 4) if gpu else 128 << 20
     source = torch.ones(size // 4, device=device.torch_device)
     target = torch.empty_like(source)
-    copy_ms = min(device.timer.sample(lambda _: target.copy_(source), 6)[1:])
+    copy_ms = min(device.timer.sample(lambda _: target.copy_(source), 16)[1:])
 
-    n = 8192 if gpu else 1024
+    n, tries = (8192, 8) if gpu else (512, 400)
     a, b = (torch.randn(n, n, device=device.torch_device).to(TORCH_DTYPE[dtype]) for _ in range(2))
     product = torch.empty_like(a)
     device.timer.sample(lambda _: torch.mm(a, b, out=product), 2)
-    product_ms = min(device.timer.sample(lambda _: torch.mm(a, b, out=product), 8))
+    product_ms = min(device.timer.sample(lambda _: torch.mm(a, b, out=product), tries))
     return Limits(
         bandwidth=2 * 4 * source.numel() / (copy_ms / 1e3),
         rate=2 * n**3 / (product_ms / 1e3),
@@ -115,6 +116,18 @@ def alive(device: Device) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def busy(device: Device) -> str | None:
+    """On a CPU that has other work: what that does to the figures, and what helps."""
+    cores = os.cpu_count() or 1
+    load = os.getloadavg()[0]
+    if device.kind == "gpu" or device.threads == 1 or load + (device.threads or 1) < cores + 1:
+        return None
+    return (
+        f"Note: the load average is {load:.1f} on {cores} cores. Threads that wait for each other by "
+        "spinning become many times slower then; OMP_WAIT_POLICY=passive, or --threads 1, gives steadier figures."
+    )
 
 
 @contextmanager

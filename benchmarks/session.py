@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -248,6 +249,7 @@ class Session:
             "error_budget": None,
             "worst_tensor": None,
             "checked_steps": checked_steps,
+            "load": round(os.getloadavg()[0], 2) if self.device.kind == "cpu" else None,
             "tf32": bool(torch.backends.cudnn.allow_tf32)
             if self.device.kind == "gpu" and case.dtype == "fp32"
             else None,

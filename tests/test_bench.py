@@ -978,17 +978,27 @@ def test_products_follow_cudnns_tf32_switch_on_a_gpu_and_are_set_back():
         assert torch.backends.cuda.matmul.allow_tf32 is False
 
 
+def test_a_busy_machine_is_pointed_out(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    two = replace(cpu_device(), threads=2)
+    for load, threads, expected in ((2.9, 2, False), (3.2, 2, True), (9.0, 1, False), (1.2, 4, True)):
+        monkeypatch.setattr("os.getloadavg", lambda load=load: (load, 0.0, 0.0))
+        assert bool(device.busy(replace(two, threads=threads))) == expected
+    assert "OMP_WAIT_POLICY=passive" in (device.busy(replace(two, threads=4)) or "")
+    assert device.busy(replace(two, kind="gpu")) is None
+
+
 def test_limits_are_bytes_and_operations_over_the_best_time():
     class Halving:
-        """Each sample is half of the one before; the fastest must count."""
+        """Each sample is half of the one before, down to 0.125 ms; the fastest must count."""
 
         def sample(self, call: timing.Call, count: int) -> list[float]:
             call(0)
-            return [16.0 / 2**index for index in range(count)]
+            return [max(16.0 / 2**index, 0.125) for index in range(count)]
 
     limits = device.measure(replace(cpu_device(Halving()), cache_bytes=7), "fp32")
-    assert limits.bandwidth == pytest.approx(2 * (128 << 20) / 0.5e-3)
-    assert limits.rate == pytest.approx(2 * 1024**3 / 0.125e-3)
+    assert limits.bandwidth == pytest.approx(2 * (128 << 20) / 0.125e-3)
+    assert limits.rate == pytest.approx(2 * 512**3 / 0.125e-3)
     assert (limits.handoff_us, limits.shared_us, limits.cache_bytes) == (0, 0, 7)
 
 
