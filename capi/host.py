@@ -461,7 +461,7 @@ class Host:
         lines = [
             f"engine: python, tritlstm {__version__}, torch {torch.__version__}, Python "
             f"{sys.version.split()[0]} of {sys.prefix}",
-            f"device: {network.device}, {str(network.dtype).removeprefix('torch.')}",
+            f"dtype: {str(network.dtype).removeprefix('torch.')}",
             str(tritlstm.explain(network.module, x)),
         ]
         if training:

@@ -436,7 +436,7 @@ def test_explain_names_engine_device_and_path(c):
     for part in (
         f"engine: python, tritlstm {tritlstm.__version__}",
         f"torch {torch.__version__}",
-        "cpu, float32",
+        "dtype: float32",
     ):
         assert part in words
     assert str(tritlstm.explain(tritlstm.LSTM(D, H), torch.zeros(T, B, D))) in words
@@ -681,8 +681,9 @@ def test_lengths_out_of_range_are_refused(c):
         ([T, T + 1, 0], "lengths[1] is 6, but must be 0 ... steps (5)"),
         ([0, 0, -1], "lengths[2] is -1"),
     ):
+        lengths = ffi.new("int32_t[]", values)  # a struct does not keep what it points to
         with refuses(ARGUMENT, words):
-            c.forward(lstm, make_forward(c, x, out, lengths=ffi.new("int32_t[]", values)))
+            c.forward(lstm, make_forward(c, x, out, lengths=lengths))
 
 
 def test_bad_backward_arguments_are_refused(c):
