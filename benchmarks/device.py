@@ -126,7 +126,7 @@ def busy(device: Device) -> str | None:
         return None
     return (
         f"Note: the load average is {load:.1f} on {cores} cores. Threads that wait for each other by "
-        "spinning become many times slower then; OMP_WAIT_POLICY=passive, or --threads 1, gives steadier figures."
+        "spinning become many times slower then; OMP_WAIT_POLICY=passive, or --threads 1, is steadier."
     )
 
 

@@ -449,9 +449,9 @@ def _caption(figure: Any, rows: Sequence[Row], handles: dict[str, Any], text: st
     first = rows[0]
     threads = f", {_threads(first['threads'])}" if first["threads"] else ""
     day = max(row["date"] for row in rows)[:10]
-    note = f"; {first['note']}" if first["note"] else ""
+    note = f"\n{first['note']}" if first["note"] else ""
     figure.suptitle(
-        f"{first['device']}{threads}, torch {first['versions']['torch']}, {day}{note}\n{text}",
+        f"{first['device']}{threads}, torch {first['versions']['torch']}, {day}\n{text}{note}",
         fontsize=10, x=0.01, ha="left", color="#444444",
     )  # fmt: skip
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(5, len(handles)))
