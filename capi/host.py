@@ -211,18 +211,14 @@ class Network:
         if lengths is None:
             out, (h_n, c_n) = self.module(x, (h0, c0))
             return out, h_n, c_n
-        import torch
-
-        from tritlstm.functional import Options, _run_layers
+        from tritlstm.functional import Options, run_layers
 
         m = self.module
         sizes = (m.input_size, m.hidden_size, m.proj_size, m.num_layers)
         options = Options(*sizes, m.bias, False, 0.0, False, m.bidirectional)
         if self.batch_first:
             x = x.transpose(0, 1)
-        out, h_n, c_n = _run_layers(x, lengths, (h0, c0), self.weights, options)
-        # A packed input has no empty sequence, so there the projection needs no care for one: it keeps h0.
-        h_n = torch.where((lengths == 0)[:, None], h0, h_n)
+        out, h_n, c_n = run_layers(x, lengths, (h0, c0), self.weights, options)
         return out.transpose(0, 1) if self.batch_first else out, h_n, c_n
 
     def mark(self, a: Any) -> bytes:

@@ -62,10 +62,12 @@ def _load(bit_pointers, masks, N: tl.constexpr):
 
 
 @triton.jit
-def _missing(tiles, N: tl.constexpr):
+def _missing(tiles, exempt, N: tl.constexpr):
     poisoned = tiles[0] == POISON
     for j in tl.static_range(1, N):
         poisoned = poisoned | (tiles[j] == POISON)
+    if exempt is not None:
+        poisoned = poisoned & (exempt == 0)
     return tl.max(poisoned.to(tl.int32))
 
 
@@ -84,10 +86,11 @@ def await_count(counter, expected, alive, spin_limit, PROTOCOL: tl.constexpr):
 
 
 @triton.jit
-def receive(pointers, masks, alive, spin_limit, N: tl.constexpr, PROTOCOL: tl.constexpr):
+def receive(pointers, masks, exempt, wanted, alive, spin_limit, N: tl.constexpr, PROTOCOL: tl.constexpr):
     """Loads a tuple of ``N`` tiles of one shape; under ``FLAG``, until every element has arrived.
 
-    Returns ``(tiles, missing)``; elements outside their mask are zero and are not waited for.
+    Not waited for: elements outside their mask, which are zero; those where ``exempt`` (None, or broadcastable to a
+    tile) is true; and none at all if ``wanted`` is 0. Returns ``(tiles, missing)``.
     """
     dtype = pointers[0].dtype.element_ty
     bit_pointers = ()
@@ -97,10 +100,10 @@ def receive(pointers, masks, alive, spin_limit, N: tl.constexpr, PROTOCOL: tl.co
     missing = alive * 0
     if PROTOCOL == FLAG:
         spins = alive * 0
-        missing = _missing(bits, N)
+        missing = _missing(bits, exempt, N) * wanted
         while (missing > 0) & (spins < spin_limit * alive):
             bits = _load(bit_pointers, masks, N)
-            missing = _missing(bits, N)
+            missing = _missing(bits, exempt, N) * wanted
             spins += 1
     tiles = ()
     for j in tl.static_range(N):

@@ -64,7 +64,7 @@ def _multiply_resident(
         p, m = _gradient_pointers(rows, (FIRST + j) * SPLIT * BLOCK_K, wanted, HX, BLOCK_K, SPLIT)
         pointers = pointers + (p,)
         masks = masks + (m,)
-    tiles, missing = exchange.receive(pointers, masks, alive, spin_limit, COUNT, PROTOCOL)
+    tiles, missing = exchange.receive(pointers, masks, None, 1, alive, spin_limit, COUNT, PROTOCOL)
     for j in tl.static_range(COUNT):
         acc = tl.dot(weights[FIRST + j], tiles[j], acc, input_precision=PRECISION)
     return acc, missing
@@ -232,7 +232,7 @@ def recurrent_backward(
                 for chunk in range(RESIDENT, N_CHUNKS):
                     streamed = _weight_chunk(w_ptr, unit_begin, chunk * CHUNK, H, BLOCK_H, BLOCK_K, SPLIT)
                     p, m = _gradient_pointers(later_rows, chunk * CHUNK, wanted, HX, BLOCK_K, SPLIT)
-                    tiles, late = exchange.receive((p,), (m,), alive, spin_limit, 1, PROTOCOL)
+                    tiles, late = exchange.receive((p,), (m,), None, 1, alive, spin_limit, 1, PROTOCOL)
                     missing = missing | late
                     acc = tl.dot(streamed, tiles[0], acc, input_precision=PRECISION)
                 alive = exchange.report(status_ptr, missing, alive, block, group, step)

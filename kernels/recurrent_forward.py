@@ -26,7 +26,7 @@ def _state_pointers(rows, k_begin, in_batch, HX: tl.constexpr, BLOCK_K: tl.const
 
 @triton.jit
 def _multiply_resident(
-    weights, state_rows, in_batch, acc, alive, spin_limit,
+    weights, state_rows, in_batch, exempt, wanted, acc, alive, spin_limit,
     FIRST: tl.constexpr, COUNT: tl.constexpr, HX: tl.constexpr, BLOCK_K: tl.constexpr,
     PROTOCOL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -37,7 +37,7 @@ def _multiply_resident(
         p, m = _state_pointers(state_rows, (FIRST + j) * BLOCK_K, in_batch, HX, BLOCK_K)
         pointers = pointers + (p,)
         masks = masks + (m,)
-    tiles, missing = exchange.receive(pointers, masks, alive, spin_limit, COUNT, PROTOCOL)
+    tiles, missing = exchange.receive(pointers, masks, exempt, wanted, alive, spin_limit, COUNT, PROTOCOL)
     for j in tl.static_range(COUNT):
         acc = tl.dot(weights[FIRST + j], tiles[j], acc, input_precision=PRECISION)
     return acc, missing
@@ -146,20 +146,24 @@ def recurrent_forward(
             else:
                 missing = exchange.await_count(counter, n_blocks * step, alive, spin_limit, PROTOCOL)
                 previous_rows = exchange_ptr + (t_previous.to(tl.int64) * B + b) * HX
+                # h0 is nobody's to deliver, and may hold any NaN.
+                wanted = tl.minimum(step, 1)
                 fresh = tl.full((BLOCK_B,), 0, tl.int1) | (step == 0)
+                exempt = None
                 if lengths_ptr is not None:
                     fresh = fresh | (t_previous >= length)
+                    exempt = fresh[None, :]
                 state_rows = tl.where(fresh, h0_rows, previous_rows)
                 for first in tl.static_range(0, RESIDENT, POLL):
                     acc, late = _multiply_resident(
-                        weights, state_rows, in_batch, acc, alive, spin_limit, first,
+                        weights, state_rows, in_batch, exempt, wanted, acc, alive, spin_limit, first,
                         POLL if first + POLL <= RESIDENT else RESIDENT - first, HX, BLOCK_K, PROTOCOL, PRECISION,
                     )  # fmt: skip
                     missing = missing | late
                 for chunk in range(RESIDENT, N_CHUNKS):
                     streamed = _weight_chunk(w_ptr, unit_begin, chunk * BLOCK_K, H, BLOCK_H, BLOCK_K)
                     p, m = _state_pointers(state_rows, chunk * BLOCK_K, in_batch, HX, BLOCK_K)
-                    tiles, late = exchange.receive((p,), (m,), alive, spin_limit, 1, PROTOCOL)
+                    tiles, late = exchange.receive((p,), (m,), exempt, wanted, alive, spin_limit, 1, PROTOCOL)
                     missing = missing | late
                     acc = tl.dot(streamed, tiles[0], acc, input_precision=PRECISION)
                 alive = exchange.report(status_ptr, missing, alive, block, group, step)

@@ -182,15 +182,15 @@ def _run_operators(
     if batch_sizes is not None:
         x, lengths = _VF._pad_packed_sequence(x, batch_sizes, False, 0.0, batch_sizes.size(0))
         on_device = lengths.to(x.device, torch.int32, non_blocking=True)
-        out, h_n, c_n = _run_layers(x, on_device, hx, weights, options)
+        out, h_n, c_n = run_layers(x, on_device, hx, weights, options)
         return _VF._pack_padded_sequence(out, lengths, False)[0], h_n, c_n
     if options.batch_first:
-        out, h_n, c_n = _run_layers(x.transpose(0, 1), None, hx, weights, options)
+        out, h_n, c_n = run_layers(x.transpose(0, 1), None, hx, weights, options)
         return out.transpose(0, 1), h_n, c_n
-    return _run_layers(x, None, hx, weights, options)
+    return run_layers(x, None, hx, weights, options)
 
 
-def _run_layers(
+def run_layers(
     x: Tensor, lengths: Tensor | None, hx: States, weights: list[Tensor], options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All layers and directions over x [T, B, D]."""
@@ -238,7 +238,10 @@ def _layer(
     m, m_n, c_n, _, _ = ops.layer(
         x, w_ih, _multiply(w_hh, w_hr), b_ih, b_hh, m0, c0, lengths, reverse, gate0=gate0
     )
-    return F.linear(m, w_hr), F.linear(m_n, w_hr), c_n.to(m_n.dtype)
+    h_n = F.linear(m_n, w_hr)
+    if lengths is not None:  # a sequence of no steps keeps the state it came with
+        h_n = torch.where((lengths == 0)[:, None], h0, h_n)
+    return F.linear(m, w_hr), h_n, c_n.to(m_n.dtype)
 
 
 def _multiply(a: Tensor, b: Tensor) -> Tensor:

@@ -286,21 +286,31 @@ def _candidates(problem: _Problem) -> Iterator[RecurrentPlan]:
 
 #: Registers a thread that a plan may ask for by the estimate below, of the 255 there are. The estimate misses
 #: addresses and temporaries; the rest was found by compiling every configuration (``tritlstm kernels``).
-REGISTER_BUDGET = {"forward": 166, "backward": 150}
+REGISTER_BUDGET = {"forward": 166, "backward": 153}
 #: … and those of one received group of tiles.
 RECEIVED_REGISTERS = 64
 #: Bytes of weights in flight a warp before the time loop: 64 registers of 32 threads.
 PROLOGUE_BYTES = 64 * 32 * 4
 
 
+def _budget(problem: _Problem) -> int:
+    if problem.device.arch == "emulated":
+        return 1 << 20
+    ieee = problem.precision == "ieee" and problem.element == 4
+    return REGISTER_BUDGET[problem.direction] - (16 if ieee else 0)
+
+
 def _registers(problem: _Problem, block_h: int, block_b: int, chunks: int, num_warps: int) -> float:
     """Estimated 32-bit registers a thread that live through a step, the received tiles apart."""
     cells = block_h * block_b / (num_warps * problem.device.warp_size)
     if problem.direction == "forward":
-        # Accumulator, prefetched pre-activations, c, h, four gates; descriptors of the weights' chunks.
-        return 40 + cells * (4 + problem.element + 2 + 4) + 8 * chunks
-    # Partial sums or gates and cells, whichever is more; the new gradients.
-    return 40 + cells * (num_warps + 4 + 4) + 2 * chunks
+        # Accumulator, prefetched pre-activations, c, h, four gates.
+        each, chunk = 4 + problem.element + 2 + 4, 8
+        if problem.precision == "ieee" and problem.element == 4:
+            each, chunk = each + 24, 5  # operands of the multiply-adds instead of descriptors of the chunks
+        return 40 + cells * each + chunk * chunks
+    # Partial sums, gates and cells, the new gradients; addresses of the chunks.
+    return 40 + 2 * problem.element + cells * (num_warps + 4 + 2 * problem.element) + 3 * chunks
 
 
 def _group(most: int, chunks: int) -> int:
@@ -327,9 +337,11 @@ def _feasible(
         split, block_k = 1, block_h
         chunks = resident = poll = 1
         # Operands of the product come from registers through shared memory.
-        shared = 4 * block_h * block_h * element + 4 * block_h * block_b * 4
+        shared = 4 * block_h * block_h * element + block_h * block_b * (4 * 4 + element)
         registers = _registers(problem, block_h, block_b, block_h // 32, num_warps)
-        if shared > device.shared_bytes or registers > REGISTER_BUDGET[problem.direction]:
+        if not forward:  # the step's own gate gradients stay for the next product
+            registers += block_h * block_b / (num_warps * device.warp_size) * element
+        if shared > device.shared_bytes or registers > _budget(problem):
             return
     else:
         split = 1 if forward else num_warps
@@ -342,7 +354,7 @@ def _feasible(
         room = device.shared_bytes - scratch
         on_chip = 0 if tier == "step" else min(chunks, room // chunk_bytes)
         per_thread = tile_bytes / 4 / (num_warps * device.warp_size)
-        spare = REGISTER_BUDGET[problem.direction] - _registers(problem, block_h, block_b, on_chip, num_warps)
+        spare = _budget(problem) - _registers(problem, block_h, block_b, on_chip, num_warps)
         most = int(min(chunks, spare // per_thread, RECEIVED_REGISTERS // per_thread))
         if tier == "persistent":
             resident = chunks
@@ -560,7 +572,9 @@ def gate_gemm(
         block_m, block_n, num_warps = 32, 64, 4
     else:
         block_m, block_n, num_warps = 128, 128, 8
-        if -(-rows // block_m) * -(-columns // block_n) < device.sms or device.shared_bytes < 128 << 10:
+        scalar = precision == "ieee" and dtype == torch.float32
+        few = -(-rows // block_m) * -(-columns // block_n) < device.sms
+        if few or scalar or device.shared_bytes < 128 << 10:
             block_m, block_n, num_warps = 64, 64, 4
         if rows <= 16:
             block_m = 16

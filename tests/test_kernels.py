@@ -1,0 +1,326 @@
+"""The Triton kernels, tier by tier, against the NumPy reference: in the parallel emulator, or on CUDA.
+
+The budget of an error is twice what torch.nn.LSTM makes in the same dtype on the same numbers, both against the
+float64 reference, plus one rounding of the largest value.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tritlstm import emulator, layer, plan, reference
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+NAMES = ("out", "h_n", "c_n", "x", "w_ih", "w_hh", "b", "h0", "c0")
+
+
+def kernels(**options: Any) -> contextlib.AbstractContextManager[Any]:
+    """Where the kernels run; on CUDA the planner is free, in the emulator ``options`` choose the path."""
+    return contextlib.nullcontext() if CUDA else emulator.emulate(**options)
+
+
+@dataclasses.dataclass
+class Problem:
+    """Random inputs of one layer, exactly representable in ``dtype``, and upstream gradients of all results."""
+
+    x: Tensor
+    w_ih: Tensor
+    w_hh: Tensor
+    b_ih: Tensor
+    b_hh: Tensor
+    h0: Tensor
+    c0: Tensor
+    grads: tuple[Tensor, Tensor, Tensor]
+
+    @classmethod
+    def draw(cls, t: int, b: int, d: int, h: int, dtype: torch.dtype, seed: int = 0) -> Problem:
+        generator = torch.Generator().manual_seed(seed)
+
+        def random(*shape: int, scale: float = 1.0) -> Tensor:
+            return (torch.randn(shape, generator=generator) * scale).to(dtype)
+
+        scale = h**-0.5
+        weights = [random(4 * h, d, scale=d**-0.5), random(4 * h, h, scale=scale)]
+        biases = [random(4 * h, scale=scale), random(4 * h, scale=scale)]
+        states = [random(b, h), random(b, h)]
+        return cls(random(t, b, d), *weights, *biases, *states, (random(t, b, h), random(b, h), random(b, h)))
+
+    def on(self, device: str) -> Problem:
+        moved = [getattr(self, f.name).to(device) for f in dataclasses.fields(self) if f.name != "grads"]
+        return Problem(*moved, tuple(g.to(device) for g in self.grads))
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        return self.w_ih, self.w_hh, self.b_ih, self.b_hh
+
+    def by_kernels(self, lengths: list[int] | None = None, reverse: bool = False, **options: Any) -> dict[str, Tensor]:
+        p = self.on(DEVICE)
+        ends = None if lengths is None else torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+        with kernels(**options):
+            out, h_n, c_n, gates, cells = layer.forward(p.x, *p.parameters, p.h0, p.c0, ends, reverse, True)
+            saved = (out, gates, cells, reverse)
+            gradients = layer.backward(*p.grads, p.x, p.w_ih, p.w_hh, p.h0, p.c0, ends, *saved)
+        return dict(zip(NAMES, (t.cpu() for t in (out, h_n, c_n, *gradients[:6])), strict=True))
+
+    def by_reference(self, lengths: list[int] | None = None, reverse: bool = False) -> dict[str, np.ndarray]:
+        """Each sequence alone, cut to its length: an independent formulation of ``lengths`` and ``reverse``."""
+        t, b, _ = self.x.shape
+        arrays = [v.double().numpy() for v in self.parameters]
+        x, h0, c0 = (v.double().numpy() for v in (self.x, self.h0, self.c0))
+        upstream = [g.double().numpy() for g in self.grads]
+        result: dict[str, Any] = {name: 0.0 for name in ("w_ih", "w_hh", "b")}
+        shapes = {"out": upstream[0], "h_n": h0, "c_n": c0, "x": x, "h0": h0, "c0": c0}
+        result |= {name: np.zeros_like(like) for name, like in shapes.items()}
+        flip = (lambda a: a[::-1]) if reverse else (lambda a: a)
+        for i in range(b):
+            one, n = slice(i, i + 1), t if lengths is None else lengths[i]
+            if n == 0:
+                result["h_n"][one], result["c_n"][one] = h0[one], c0[one]
+                result["h0"][one], result["c0"][one] = upstream[1][one], upstream[2][one]
+                continue
+            trace = reference.forward(flip(x[:n, one]), *arrays, h0[one], c0[one])
+            grad = reference.backward(trace, flip(upstream[0][:n, one]), upstream[1][one], upstream[2][one])
+            result["out"][:n, one], result["x"][:n, one] = flip(trace.h), flip(grad.x)
+            result["h_n"][one], result["c_n"][one] = trace.h_n, trace.c_n
+            result["h0"][one], result["c0"][one] = grad.h0, grad.c0
+            for name in ("w_ih", "w_hh", "b"):
+                result[name] = result[name] + getattr(grad, name)
+        return result
+
+    def by_torch(self) -> dict[str, Tensor]:
+        """torch's own LSTM in the same dtype, on the CPU, without lengths."""
+        leaves = [v.clone().requires_grad_() for v in (self.x, *self.parameters, self.h0, self.c0)]
+        x, *weights, h0, c0 = leaves
+        out, h_n, c_n = torch._VF.lstm(x, (h0[None], c0[None]), weights, True, 1, 0.0, False, False, False)
+        torch.autograd.backward((out, h_n[0], c_n[0]), self.grads)
+        values = (out, h_n[0], c_n[0], x.grad, weights[0].grad, weights[1].grad, weights[2].grad, h0.grad, c0.grad)
+        return dict(zip(NAMES, (v.detach() for v in values), strict=True))
+
+
+def errors(values: dict[str, Tensor], exact: dict[str, np.ndarray]) -> dict[str, float]:
+    return {name: np.abs(values[name].double().numpy() - exact[name]).max() for name in NAMES}
+
+
+def assert_within_budget(pairs: list[tuple[Problem, dict[str, Tensor], dict[str, np.ndarray]]]) -> None:
+    """``pairs`` are problems with the kernels' results and the exact ones; the errors compared are the worst of all.
+
+    One draw of a few numbers says little: torch's error may happen to be zero.
+    """
+    ours = [errors(got, exact) for _, got, exact in pairs]
+    plain = [problem.by_reference() for problem, _, _ in pairs]
+    torchs = [errors(problem.by_torch(), like) for (problem, _, _), like in zip(pairs, plain, strict=True)]
+    epsilon = torch.finfo(pairs[0][0].x.dtype).eps / 2
+    for name in NAMES:
+        largest = max(np.abs(like[name]).max() for like in (*plain, *(exact for _, _, exact in pairs)))
+        error, torch_error = (max(e[name] for e in side) for side in (ours, torchs))
+        assert error <= 2 * torch_error + epsilon * largest, f"{name}: {error:.3g}, torch {torch_error:.3g}"
+
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+#: (T, B, D, H) and what forces the path: several blocks a group, several groups, several tiles a group, odd sizes.
+PATHS: dict[str, tuple[tuple[int, int, int, int], dict[str, Any]]] = {
+    "single": ((4, 5, 7, 37), {"tier": "single"}),
+    "single, several tiles a group": ((2, 40, 3, 9), {"tier": "single", "sms": 2}),
+    "flag": ((4, 5, 7, 37), {"tier": "persistent", "protocol": "flag"}),
+    "flag, several groups": ((3, 20, 5, 33), {"tier": "persistent", "protocol": "flag", "block_h": 16, "block_b": 16, "sms": 6}),
+    "flag, several tiles a group": ((3, 33, 5, 24), {"tier": "persistent", "protocol": "flag", "block_h": 16, "block_b": 16, "sms": 4}),
+    "counter, several groups": ((3, 20, 5, 33), {"tier": "persistent", "protocol": "counter", "block_h": 16, "block_b": 16, "sms": 6}),
+    "chunk by chunk": ((3, 3, 5, 40), {"tier": "persistent", "protocol": "flag", "block_k": 16, "poll": 1}),
+    "two chunks together": ((3, 3, 5, 72), {"tier": "persistent", "protocol": "flag", "block_k": 16, "poll": 2, "sms": 5}),
+    "one part": ((3, 3, 5, 40), {"tier": "persistent", "protocol": "flag", "block_k": 32, "split": 1}),
+    "streaming": ((3, 3, 7, 150), {"tier": "streaming", "sms": 10, "shared_bytes": 48 << 10}),
+    "streaming, counter": ((3, 3, 7, 150), {"tier": "streaming", "protocol": "counter", "sms": 10, "shared_bytes": 48 << 10}),
+    "step": ((4, 5, 7, 37), {"tier": "step"}),
+    "T=1": ((1, 3, 5, 20), {}),
+    "B=1": ((4, 1, 5, 20), {}),
+    "H=64, free": ((3, 2, 64, 64), {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize(("sizes", "options"), PATHS.values(), ids=PATHS.keys())
+def test_results_and_all_gradients_are_within_budget(sizes, options, dtype):
+    t, b, _, h = sizes
+    draws = min(8, -(-400 // (t * b * h)))
+    problems = [Problem.draw(*sizes, dtype, seed) for seed in range(draws)]
+    assert_within_budget([(p, p.by_kernels(**options), p.by_reference()) for p in problems])
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+def test_one_step_of_one_unit_and_one_sequence(dtype):
+    """Too few numbers for statistics: a bound instead. A gradient is a sum of four products of gate gradients and
+    weights, each of which three roundings went into, and is rounded itself; none is larger than a few times 1."""
+    problem = Problem.draw(1, 1, 1, 1, dtype)
+    got, exact = problem.by_kernels(), problem.by_reference()
+    for name in NAMES:
+        bound = (4 * 3 + 1) * torch.finfo(dtype).eps / 2 * max(1.0, np.abs(exact[name]).max())
+        assert errors(got, exact)[name] <= bound, name
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("tier", ["single", "persistent", "step"])
+def test_lengths_are_those_of_sequences_cut_and_run_alone(tier, reverse):
+    problem = Problem.draw(4, 5, 7, 37, torch.float32)
+    lengths = [4, 0, 2, 1, 3]
+    got = problem.by_kernels(lengths, reverse, tier=tier)
+    assert_within_budget([(problem, got, problem.by_reference(lengths, reverse))])
+
+
+@pytest.mark.parametrize("tier", ["single", "persistent", "streaming", "step"])
+def test_reverse_is_forward_of_the_flipped_sequence_bit_for_bit(tier):
+    sizes = (3, 2, 4, 150) if tier == "streaming" else (4, 3, 5, 20)
+    options = {"sms": 10, "shared_bytes": 64 << 10} if tier == "streaming" else {}
+    problem = Problem.draw(*sizes, torch.float32)
+    there = problem.by_kernels(reverse=True, tier=tier, **options)
+    problem.x, problem.grads = problem.x.flip(0), (problem.grads[0].flip(0), *problem.grads[1:])
+    back = problem.by_kernels(tier=tier, **options)
+    for name in NAMES:
+        flipped = back[name].flip(0) if name in {"out", "x"} else back[name]
+        if name in {"x", "w_ih", "w_hh", "b"}:  # products over all steps, whose order of summation is the library's
+            torch.testing.assert_close(there[name], flipped)
+        else:
+            assert torch.equal(there[name], flipped), name
+
+
+@pytest.mark.parametrize("protocol", ["flag", "counter"])
+def test_the_same_inputs_give_the_same_bits_whatever_the_scheduling(protocol):
+    problem = Problem.draw(4, 18, 5, 33, torch.float16)
+    options = {"tier": "persistent", "protocol": protocol, "block_h": 16, "block_b": 16, "sms": 6}
+    first = problem.by_kernels(**options)
+    for seed in range(3):
+        again = problem.by_kernels(**options, seed=seed, delays=emulator.Delays(0.05, 0.004))
+        for name in NAMES:
+            assert torch.equal(first[name], again[name]), name
+
+
+def test_the_protocols_give_the_same_bits():
+    problem = Problem.draw(4, 3, 5, 40, torch.float32)
+    options = {"tier": "persistent", "block_h": 16, "block_b": 16}
+    by_flag, by_counter = (problem.by_kernels(**options, protocol=name) for name in ("flag", "counter"))
+    assert all(torch.equal(by_flag[name], by_counter[name]) for name in NAMES)
+
+
+@pytest.mark.parametrize("tier", ["single", "persistent", "step"])
+def test_a_sequence_in_two_parts_gives_the_bits_of_the_whole(tier):
+    """Promised in fp32, where the carried cell state is not rounded."""
+    p = Problem.draw(5, 3, 4, 24, torch.float32).on(DEVICE)
+
+    def run(x: Tensor, h0: Tensor, c0: Tensor) -> tuple[Tensor, ...]:
+        with kernels(tier=tier):
+            return layer.forward(x, *p.parameters, h0, c0, None, False, False)[:3]
+
+    whole = run(p.x, p.h0, p.c0)
+    if tier == "step":
+        first = run(p.x[:3], p.h0, p.c0)
+        second = run(p.x[3:], *first[1:])
+    else:
+        first = run(p.x[:2], p.h0, p.c0)
+        second = run(p.x[2:], *first[1:])
+    assert torch.equal(torch.cat((first[0], second[0])), whole[0])
+    assert torch.equal(second[1], whole[1])
+    assert torch.equal(second[2], whole[2])
+
+
+@pytest.mark.parametrize("tier", ["single", "persistent", "step"])
+def test_a_sequence_alone_gives_the_bits_it_has_in_a_batch(tier):
+    p = Problem.draw(3, 20, 4, 24, torch.bfloat16).on(DEVICE)
+    with kernels(tier=tier, block_b=16):
+        whole = layer.forward(p.x, *p.parameters, p.h0, p.c0, None, False, False)
+        alone = layer.forward(p.x[:, 17:18], *p.parameters, p.h0[17:18], p.c0[17:18], None, False, False)
+    for index, dim in ((0, 1), (1, 0), (2, 0)):
+        assert torch.equal(alone[index], whole[index].narrow(dim, 17, 1))
+
+
+def test_inference_writes_only_what_it_returns():
+    p = Problem.draw(3, 2, 4, 12, torch.float32).on(DEVICE)
+    with kernels():
+        kept = layer.forward(p.x, *p.parameters, p.h0, p.c0, None, False, True)
+        bare = layer.forward(p.x, *p.parameters, p.h0, p.c0, None, False, False)
+    assert all(torch.equal(a, b) for a, b in zip(kept[:3], bare[:3], strict=True))
+    assert bare[3].numel() == bare[4].numel() == 0
+
+
+def test_saved_gates_and_cells_are_the_reference_s():
+    p = Problem.draw(4, 3, 5, 20, torch.float32)
+    trace = reference.forward(*(v.double().numpy() for v in (p.x, *p.parameters, p.h0, p.c0)))
+    q = p.on(DEVICE)
+    with kernels(tier="persistent"):
+        *_, gates, cells = layer.forward(q.x, *q.parameters, q.h0, q.c0, None, False, True)
+    unpacked = layer.unpack_rows(gates.reshape(12, -1).t(), 20).t().reshape(4, 3, 4, 20).cpu()
+    for k, name in enumerate("ifgo"):
+        # A gate is a sigmoid or tanh of a sum of some 25 products: a few roundings of 1.
+        np.testing.assert_allclose(unpacked[:, :, k].numpy(), getattr(trace, name), atol=1e-6)
+    np.testing.assert_allclose(cells[..., :20].cpu().numpy(), trace.c, atol=2e-6)
+
+
+def test_batch_first_input_is_read_in_place():
+    p = Problem.draw(3, 4, 6, 16, torch.float32)
+    turned = p.x.transpose(0, 1).contiguous().to(DEVICE).transpose(0, 1)
+    q = p.on(DEVICE)
+    with kernels():
+        straight = layer.forward(q.x, *q.parameters, q.h0, q.c0, None, False, False)
+        strided = layer.forward(turned, *q.parameters, q.h0, q.c0, None, False, False)
+    assert torch.equal(straight[0], strided[0])
+
+
+def test_nan_passes_through_the_flag_protocol_and_stays_in_its_row():
+    """Even the very bits that mark an element as not yet written."""
+    for bits in (-1, 0x7FC00001):
+        p = Problem.draw(3, 3, 4, 40, torch.float32)
+        p.x[1, 1, 0] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+        p.h0[2, 0] = torch.tensor(-1, dtype=torch.int32).view(torch.float32)
+        got = p.by_kernels(tier="persistent", protocol="flag")
+        assert torch.isfinite(got["out"][:, 0]).all()
+        assert torch.isfinite(got["out"][0, 1]).all()
+        assert got["out"][1:, 1].isnan().all()
+        assert got["out"][:, 2].isnan().all()
+
+
+def test_saturated_gates_stay_finite():
+    p = Problem.draw(3, 2, 4, 16, torch.float32)
+    p.x.mul_(1e4)
+    got = p.by_kernels()
+    exact = p.by_reference()
+    for name in NAMES:
+        # The input products of 1e4 carry errors of some 1e-3, which saturation hides in all but a few units; where
+        # 1 - o underflows in fp32, gradients of 1e-8 become zero.
+        atol = 1e-6 + 2e-3 * np.abs(exact[name]).max()
+        np.testing.assert_allclose(got[name].double().numpy(), exact[name], rtol=2e-3, atol=atol)
+
+
+def test_a_new_length_or_batch_compiles_nothing_new():
+    """The constants of a launch, which are what a compiled kernel is keyed by, do not depend on T and hardly on B."""
+    device = plan.DEVICES["sm_90"]
+    keys = {
+        (tuple(p.constants.items()), p.num_warps)
+        for length in (2, 3, 16, 17, 1000)
+        for batch in range(1, 17)
+        for p in [plan.recurrent("forward", length, batch, 512, torch.bfloat16, device)]
+    }
+    assert len(keys) == 1
+
+
+@pytest.mark.cuda
+def test_cuda_ten_thousand_launches_and_the_same_bits():
+    p = Problem.draw(8, 16, 64, 256, torch.float16).on("cuda")
+    first = layer.forward(p.x, *p.parameters, p.h0, p.c0, None, False, False)[0]
+    for _ in range(10_000):
+        last = layer.forward(p.x, *p.parameters, p.h0, p.c0, None, False, False)[0]
+    assert torch.equal(first, last)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("hidden", [32, 100, 256, 512, 650, 768, 1024, 1500, 2048])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+def test_cuda_every_size_is_within_budget(hidden, dtype):
+    problem = Problem.draw(6, 20, 40, hidden, dtype)
+    torch.backends.cudnn.rnn.fp32_precision = "ieee"
+    assert_within_budget([(problem, problem.by_kernels(), problem.by_reference())])
