@@ -5,7 +5,8 @@ A step's producer calls :func:`publish` for each of its tiles and then :func:`an
 
 ``NONE``     they were written before this launch; nothing to wait for.
 ``COUNTER``  blocks count themselves in with a release; the consumer spins on the count with an acquire.
-``FLAG``     the buffer was filled with :data:`POISON` bits before the launch, which no ``publish`` ever stores;
+``FLAG``     the buffer was filled with :data:`POISON` bits before the launch, which no ``publish`` ever
+stores;
              the consumer re-reads the data until none is left. Each element is its own flag.
 
 Every spin is bounded by ``spin_limit`` turns. A consumer that runs out reports in ``status`` and returns
@@ -46,11 +47,14 @@ def publish(pointers, value, mask):
 
 
 @triton.jit
-def announce(counter, PROTOCOL: tl.constexpr):
-    """Counts this block in, after all its ``publish`` calls of the step."""
+def announce(counter, alive, PROTOCOL: tl.constexpr):
+    """Counts this block in, after all its ``publish`` calls of the step.
+
+    A block that gave up no longer counts: its turns would pass for those of the block that is missing.
+    """
     if PROTOCOL == COUNTER:
         tl.debug_barrier()
-        tl.atomic_add(counter, 1, sem="release", scope="gpu")
+        tl.atomic_add(counter, alive, sem="release", scope="gpu")
 
 
 @triton.jit
@@ -89,8 +93,8 @@ def await_count(counter, expected, alive, spin_limit, PROTOCOL: tl.constexpr):
 def receive(pointers, masks, exempt, wanted, alive, spin_limit, N: tl.constexpr, PROTOCOL: tl.constexpr):
     """Loads a tuple of ``N`` tiles of one shape; under ``FLAG``, until every element has arrived.
 
-    Not waited for: elements outside their mask, which are zero; those where ``exempt`` (None, or broadcastable to a
-    tile) is true; and none at all if ``wanted`` is 0. Returns ``(tiles, missing)``.
+    Not waited for: elements outside their mask, which are zero; those where ``exempt`` (None, or
+    broadcastable to a tile) is true; and none at all if ``wanted`` is 0. Returns ``(tiles, missing)``.
     """
     dtype = pointers[0].dtype.element_ty
     bit_pointers = ()

@@ -23,7 +23,8 @@ class Launch:
     """One launch of a kernel.
 
     ``arguments`` are tensors, ints or None by parameter name; ``constants`` are the constexpr parameters.
-    ``cooperative`` asks the driver to refuse a grid that cannot be resident at once, instead of hanging in it.
+    ``cooperative`` asks the driver to refuse a grid that cannot be resident at once, instead of hanging in
+    it.
     """
 
     kernel: str

@@ -1,8 +1,8 @@
 """The packed gate order, stated once for the kernels (the host's half is in ``tritlstm.layer``).
 
-A row of ``gates`` holds, for each group of 8 units, the 8 input gates, 8 forget gates, 8 cell inputs and 8 output
-gates: column ``(u // 8) * 32 + gate * 8 + u % 8``. A block's slice of units is then one contiguous run, each thread
-reads 16 bytes, and H is padded to a multiple of 8 only.
+A row of ``gates`` holds, for each group of 8 units, the 8 input gates, 8 forget gates, 8 cell inputs and 8
+output gates: column ``(u // 8) * 32 + gate * 8 + u % 8``. A block's slice of units is then one contiguous
+run, each thread reads 16 bytes, and H is padded to a multiple of 8 only.
 """
 
 import triton

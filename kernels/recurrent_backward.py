@@ -67,6 +67,10 @@ def _multiply_resident(
     tiles, missing = exchange.receive(pointers, masks, None, 1, alive, spin_limit, COUNT, PROTOCOL)
     for j in tl.static_range(COUNT):
         acc = tl.dot(weights[FIRST + j], tiles[j], acc, input_precision=PRECISION)
+    if PROTOCOL == exchange.COUNTER:
+        # Nothing else keeps the compiler from loading the next groups' tiles now, and running out of
+        # registers.
+        tl.debug_barrier()
     return acc, missing
 
 
@@ -74,8 +78,8 @@ def _multiply_resident(
 def _sum_of_parts(parts, SPLIT: tl.constexpr):
     """``[SPLIT, M, N]`` summed over its first dimension, pairwise.
 
-    ``tl.sum`` would leave the result, and with it the whole cell, in every warp: it lies in a layout in which the
-    warps differ only in the summed dimension.
+    ``tl.sum`` would leave the result, and with it the whole cell, in every warp: it lies in a layout in which
+    the warps differ only in the summed dimension.
     """
     total = tl.permute(parts, (1, 2, 0))
     if SPLIT == 8:
@@ -206,7 +210,8 @@ def recurrent_backward(
             dh = tl.where((t == last)[None, :], grad_h_n, 0.0)
             if grad_out_ptr is not None:
                 out_row = t.to(tl.int64) * grad_out_stride_t + b.to(tl.int64) * grad_out_stride_b
-                dh += tl.load(grad_out_ptr + out_row[None, :] * H + unit[:, None], mask=inside, other=0.0).to(tl.float32)
+                upstream = tl.load(grad_out_ptr + out_row[None, :] * H + unit[:, None], mask=inside, other=0.0)
+                dh += upstream.to(tl.float32)
 
             missing = alive * 0
             if SINGLE:
@@ -257,6 +262,6 @@ def recurrent_backward(
             exchange.publish(at + layout.column_of(unit, 1)[:, None], own_f, stored)
             exchange.publish(at + layout.column_of(unit, 2)[:, None], own_g, stored)
             exchange.publish(at + layout.column_of(unit, 3)[:, None], own_o, stored)
-            exchange.announce(counter, PROTOCOL)
+            exchange.announce(counter, alive, PROTOCOL)
 
         tl.store(grad_c_ptr + state, dc, mask=inside)

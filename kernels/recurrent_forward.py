@@ -40,6 +40,10 @@ def _multiply_resident(
     tiles, missing = exchange.receive(pointers, masks, exempt, wanted, alive, spin_limit, COUNT, PROTOCOL)
     for j in tl.static_range(COUNT):
         acc = tl.dot(weights[FIRST + j], tiles[j], acc, input_precision=PRECISION)
+    if PROTOCOL == exchange.COUNTER:
+        # Nothing else keeps the compiler from loading the next groups' tiles now, and running out of
+        # registers.
+        tl.debug_barrier()
     return acc, missing
 
 
@@ -185,7 +189,7 @@ def recurrent_forward(
 
             if not SINGLE:
                 exchange.publish(exchange_ptr + row[None, :] * HX + unit[:, None], result, stored)
-                exchange.announce(counter, PROTOCOL)
+                exchange.announce(counter, alive, PROTOCOL)
             if SINGLE or SEPARATE_OUT:
                 tl.store(out_ptr + row[None, :] * H + unit[:, None], result, mask=inside)
             if SAVE:

@@ -61,7 +61,9 @@ class Problem:
     def parameters(self) -> tuple[Tensor, ...]:
         return self.w_ih, self.w_hh, self.b_ih, self.b_hh
 
-    def by_kernels(self, lengths: list[int] | None = None, reverse: bool = False, **options: Any) -> dict[str, Tensor]:
+    def by_kernels(
+        self, lengths: list[int] | None = None, reverse: bool = False, **options: Any
+    ) -> dict[str, Tensor]:
         p = self.on(DEVICE)
         ends = None if lengths is None else torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
         with kernels(**options):
@@ -76,7 +78,7 @@ class Problem:
         arrays = [v.double().numpy() for v in self.parameters]
         x, h0, c0 = (v.double().numpy() for v in (self.x, self.h0, self.c0))
         upstream = [g.double().numpy() for g in self.grads]
-        result: dict[str, Any] = {name: 0.0 for name in ("w_ih", "w_hh", "b")}
+        result: dict[str, Any] = dict.fromkeys(("w_ih", "w_hh", "b"), 0.0)
         shapes = {"out": upstream[0], "h_n": h0, "c_n": c0, "x": x, "h0": h0, "c0": c0}
         result |= {name: np.zeros_like(like) for name, like in shapes.items()}
         flip = (lambda a: a[::-1]) if reverse else (lambda a: a)
@@ -101,7 +103,17 @@ class Problem:
         x, *weights, h0, c0 = leaves
         out, h_n, c_n = torch._VF.lstm(x, (h0[None], c0[None]), weights, True, 1, 0.0, False, False, False)
         torch.autograd.backward((out, h_n[0], c_n[0]), self.grads)
-        values = (out, h_n[0], c_n[0], x.grad, weights[0].grad, weights[1].grad, weights[2].grad, h0.grad, c0.grad)
+        values = (
+            out,
+            h_n[0],
+            c_n[0],
+            x.grad,
+            weights[0].grad,
+            weights[1].grad,
+            weights[2].grad,
+            h0.grad,
+            c0.grad,
+        )
         return dict(zip(NAMES, (v.detach() for v in values), strict=True))
 
 
@@ -130,19 +142,34 @@ PATHS: dict[str, tuple[tuple[int, int, int, int], dict[str, Any]]] = {
     "single": ((4, 5, 7, 37), {"tier": "single"}),
     "single, several tiles a group": ((2, 40, 3, 9), {"tier": "single", "sms": 2}),
     "flag": ((4, 5, 7, 37), {"tier": "persistent", "protocol": "flag"}),
-    "flag, several groups": ((3, 20, 5, 33), {"tier": "persistent", "protocol": "flag", "block_h": 16, "block_b": 16, "sms": 6}),
-    "flag, several tiles a group": ((3, 33, 5, 24), {"tier": "persistent", "protocol": "flag", "block_h": 16, "block_b": 16, "sms": 4}),
-    "counter, several groups": ((3, 20, 5, 33), {"tier": "persistent", "protocol": "counter", "block_h": 16, "block_b": 16, "sms": 6}),
+    "flag, several groups": (
+        (3, 20, 5, 33),
+        {"tier": "persistent", "protocol": "flag", "block_h": 16, "block_b": 16, "sms": 6},
+    ),
+    "flag, several tiles a group": (
+        (3, 33, 5, 24),
+        {"tier": "persistent", "protocol": "flag", "block_h": 16, "block_b": 16, "sms": 4},
+    ),
+    "counter, several groups": (
+        (3, 20, 5, 33),
+        {"tier": "persistent", "protocol": "counter", "block_h": 16, "block_b": 16, "sms": 6},
+    ),
     "chunk by chunk": ((3, 3, 5, 40), {"tier": "persistent", "protocol": "flag", "block_k": 16, "poll": 1}),
-    "two chunks together": ((3, 3, 5, 72), {"tier": "persistent", "protocol": "flag", "block_k": 16, "poll": 2, "sms": 5}),
+    "two chunks together": (
+        (3, 3, 5, 72),
+        {"tier": "persistent", "protocol": "flag", "block_k": 16, "poll": 2, "sms": 5},
+    ),
     "one part": ((3, 3, 5, 40), {"tier": "persistent", "protocol": "flag", "block_k": 32, "split": 1}),
     "streaming": ((3, 3, 7, 150), {"tier": "streaming", "sms": 10, "shared_bytes": 48 << 10}),
-    "streaming, counter": ((3, 3, 7, 150), {"tier": "streaming", "protocol": "counter", "sms": 10, "shared_bytes": 48 << 10}),
+    "streaming, counter": (
+        (3, 3, 7, 150),
+        {"tier": "streaming", "protocol": "counter", "sms": 10, "shared_bytes": 48 << 10},
+    ),
     "step": ((4, 5, 7, 37), {"tier": "step"}),
     "T=1": ((1, 3, 5, 20), {}),
     "B=1": ((4, 1, 5, 20), {}),
     "H=64, free": ((3, 2, 64, 64), {}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
@@ -184,7 +211,12 @@ def test_reverse_is_forward_of_the_flipped_sequence_bit_for_bit(tier):
     back = problem.by_kernels(tier=tier, **options)
     for name in NAMES:
         flipped = back[name].flip(0) if name in {"out", "x"} else back[name]
-        if name in {"x", "w_ih", "w_hh", "b"}:  # products over all steps, whose order of summation is the library's
+        if name in {
+            "x",
+            "w_ih",
+            "w_hh",
+            "b",
+        }:  # products over all steps, whose order of summation is the library's
             torch.testing.assert_close(there[name], flipped)
         else:
             assert torch.equal(there[name], flipped), name

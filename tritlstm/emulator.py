@@ -1,8 +1,8 @@
 """A parallel emulator for Triton kernels whose programs wait for each other.
 
 Triton's interpreter runs the programs of a launch one after another, so a kernel that exchanges data between
-programs never ends in it. Here each program is a process of its own over shared memory: loads, stores and atomics
-are real and concurrent, and the exchange between thread blocks really happens. In addition
+programs never ends in it. Here each program is a process of its own over shared memory: loads, stores and
+atomics are real and concurrent, and the exchange between thread blocks really happens. In addition
 
 * ``tl.dot`` of bf16 multiplies the values (the interpreter multiplies their bit patterns);
 * every buffer ends at an inaccessible page, so that an access past its end is an error, not a wrong number;
@@ -101,9 +101,10 @@ def emulate(
 ) -> Iterator[Emulation]:
     """Runs CPU tensors of fp32, fp16 and bf16 through the Triton kernels, in the parallel emulator.
 
-    ``sms`` is how many thread blocks the pretended device holds at once, ``shared_bytes`` the shared memory of each. ``seed`` makes ``delays`` repeatable as far
-    as the operating system's scheduling lets them be. ``overrides`` force fields of the plan, as in
-    :func:`tritlstm.plan.plan` (``block_h=16``, ``protocol='counter'``, …).
+    ``sms`` is how many thread blocks the pretended device holds at once, ``shared_bytes`` the shared memory
+    of each. ``seed`` makes ``delays`` repeatable as far as the operating system's scheduling lets them be.
+    ``overrides`` force fields of the plan, as in :func:`tritlstm.plan.plan` (``block_h=16``,
+    ``protocol='counter'``, …).
     """
     emulation = Emulation(sms, shared_bytes, seed, delays, fault, spin_limit, timeout_s, overrides)
     token = _current.set(emulation)
@@ -123,7 +124,9 @@ class _Worker:
         fd = theirs.fileno()
         environment = dict(os.environ, TRITON_INTERPRET="1", OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tritlstm.emulator_worker", str(fd)], pass_fds=[fd], env=environment,
+            [sys.executable, "-m", "tritlstm.emulator_worker", str(fd)],
+            pass_fds=[fd],
+            env=environment,
             start_new_session=True,  # Ctrl-C is the caller's; the worker ends with the pipe
         )
         theirs.close()
@@ -166,7 +169,8 @@ class Arena:
         position = page
         for size in sizes:
             whole = -(-max(size, 1) // page) * page
-            # The start stays 16-byte aligned, as on a GPU, so up to 15 bytes of slack remain before the guard.
+            # The start stays 16-byte aligned, as on a GPU, so up to 15 bytes of slack remain before the
+            # guard.
             self.offsets.append(position + (whole - size) // 16 * 16)
             position += whole
             self.guards.append(position)
@@ -184,7 +188,8 @@ class Arena:
 def run(launch: Any) -> float:
     """Runs a :class:`tritlstm.kernels.launch.Launch` of CPU tensors; returns the seconds it took.
 
-    Raises :class:`EmulationError` when a program raised, died or did not end, except the one of a :class:`Fault`.
+    Raises :class:`EmulationError` when a program raised, died or did not end, except the one of a
+    :class:`Fault`.
     """
     import torch
 
@@ -208,7 +213,11 @@ def run(launch: Any) -> float:
         arguments: dict[str, Any] = {}
         for name, value in launch.arguments.items():
             if isinstance(value, torch.Tensor):
-                arguments[name] = ("tensor", offsets[value.data_ptr()], str(value.dtype).removeprefix("torch."))
+                arguments[name] = (
+                    "tensor",
+                    offsets[value.data_ptr()],
+                    str(value.dtype).removeprefix("torch."),
+                )
             else:
                 arguments[name] = ("value", value)
         request = {
@@ -232,5 +241,3 @@ def run(launch: Any) -> float:
     if answer["errors"]:
         raise EmulationError(f"{launch.kernel} over grid {launch.grid}: " + "; ".join(answer["errors"]))
     return elapsed
-
-

@@ -219,7 +219,9 @@ def serve(request: dict[str, Any]) -> dict[str, Any]:
         children[pid] = (program, receiving)
     pipes = [pipe for _, pipe in children.values()]
     try:
-        errors = wait(children, time.monotonic() + request["emulation"]["timeout_s"], request["emulation"]["fault"])
+        errors = wait(
+            children, time.monotonic() + request["emulation"]["timeout_s"], request["emulation"]["fault"]
+        )
     finally:
         for pipe in pipes:
             os.close(pipe)

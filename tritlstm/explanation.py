@@ -19,11 +19,11 @@ class KernelChoice:
     """One kernel of one layer: the plan that runs and, tier by tier, the alternatives or why there is none."""
 
     name: str
-    plan: plan.RecurrentPlan
+    chosen: plan.RecurrentPlan
     tiers: dict[str, plan.RecurrentPlan | str]
 
     def __str__(self) -> str:
-        chosen = self.plan
+        chosen = self.chosen
         cost = dataclasses.asdict(chosen.cost)
         parts = ", ".join(f"{name} {value:.2f}" for name, value in cost.items() if value)
         lines = [
@@ -69,7 +69,8 @@ def explain(
         module: a :class:`tritlstm.LSTM` or :class:`tritlstm.LSTMCell`.
         input: as the module takes it; only its shape, dtype and device are read.
         hx: as the module takes it; not read.
-        training: whether gradients will be asked for; by default, whether autograd is on and a parameter needs them.
+        training: whether gradients will be asked for; by default, whether autograd is on and a parameter
+        needs them.
 
     Returns:
         An :class:`Explanation`; ``print`` it.

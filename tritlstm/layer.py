@@ -1,7 +1,7 @@
 """One layer in one direction on the kernel path: buffers, launches, and the large products after the recurrence.
 
-Runs CUDA tensors on the GPU and, inside :func:`tritlstm.emulator.emulate`, CPU tensors in the emulator. Arguments
-are trusted: :mod:`tritlstm.functional` validates them.
+Runs CUDA tensors on the GPU and, inside :func:`tritlstm.emulator.emulate`, CPU tensors in the emulator.
+Arguments are trusted: :mod:`tritlstm.functional` validates them.
 """
 
 from __future__ import annotations
@@ -57,7 +57,6 @@ def _overrides() -> dict[str, Any]:
 def _row_strides(x: Tensor) -> tuple[Tensor, int, int]:
     """``x`` [T, B, D] with its strides in rows of D elements; copied only where it has no such strides."""
     t, b, width = x.shape
-    stride_t, stride_b, stride_d = x.stride()
     dense = x.is_contiguous() or x.transpose(0, 1).is_contiguous()
     if not dense or width == 0:
         return x.contiguous(), b, 1
@@ -67,12 +66,16 @@ def _row_strides(x: Tensor) -> tuple[Tensor, int, int]:
 
 
 def _pad_columns(state: Tensor, width: int) -> Tensor:
-    return state.contiguous() if state.shape[-1] == width else torch.nn.functional.pad(
-        state, (0, width - state.shape[-1])
+    return (
+        state.contiguous()
+        if state.shape[-1] == width
+        else torch.nn.functional.pad(state, (0, width - state.shape[-1]))
     )
 
 
-def _first_rows(length: int, batch: int, lengths: Tensor | None, reverse: bool, device: torch.device) -> Tensor:
+def _first_rows(
+    length: int, batch: int, lengths: Tensor | None, reverse: bool, device: torch.device
+) -> Tensor:
     """Row of [T * B] of the step each sequence starts with; for a zero length, its row at time 0."""
     columns = torch.arange(batch, device=device)
     if not reverse:
@@ -115,11 +118,11 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Forward of one layer and direction.
 
-    ``x`` [T, B, D], ``w_ih`` [4H, D], ``w_hh`` [4H, H], biases [4H], ``h0`` and ``c0`` [B, H], ``lengths`` int32 [B],
-    ``gate0`` [B, 4H] added to the pre-activations of each sequence's first step. All of one dtype.
+    ``x`` [T, B, D], ``w_ih`` [4H, D], ``w_hh`` [4H, H], biases [4H], ``h0`` and ``c0`` [B, H], ``lengths``
+    int32 [B], ``gate0`` [B, 4H] added to the pre-activations of each sequence's first step. All of one dtype.
 
-    Returns ``out`` [T, B, H], ``h_n`` and ``c_n`` [B, H] and, if ``save``, what :func:`backward` needs: ``gates``
-    [T, B, 4 HX] in packed order and ``cells`` [T, B, HX] in fp32 (else empty).
+    Returns ``out`` [T, B, H], ``h_n`` and ``c_n`` [B, H] and, if ``save``, what :func:`backward` needs:
+    ``gates`` [T, B, 4 HX] in packed order and ``cells`` [T, B, HX] in fp32 (else empty).
     """
     length, batch, _ = x.shape
     hidden = w_hh.shape[1]
@@ -214,8 +217,8 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """Backward of :func:`forward`, from what it saved.
 
-    Returns the gradients of x, w_ih, w_hh, the bias sum [4H], h0, c0 and gate0 [B, 4H], each an empty tensor where
-    ``needs`` says so.
+    Returns the gradients of x, w_ih, w_hh, the bias sum [4H], h0, c0 and gate0 [B, 4H], each an empty tensor
+    where ``needs`` says so.
     """
     length, batch, features = x.shape
     hidden = w_hh.shape[1]
@@ -242,7 +245,15 @@ def backward(
                 grad_h0 = torch.where((lengths == 0)[:, None], grad_h_n, grad_h0)
         if need_gate0:
             grad_gate0 = unpack_rows(first.t(), hidden).t().contiguous()
-    return grad_x, grad_w_ih, grad_w_hh, grad_b, grad_h0, grad_c0.to(c0.dtype) if need_c0 else empty, grad_gate0
+    return (
+        grad_x,
+        grad_w_ih,
+        grad_w_hh,
+        grad_b,
+        grad_h0,
+        grad_c0.to(c0.dtype) if need_c0 else empty,
+        grad_gate0,
+    )
 
 
 def _recurrent_backward(

@@ -1,9 +1,9 @@
 """Which kernel, which tiles and which exchange protocol a layer runs with, and why.
 
-The planner lists every feasible candidate for the sizes, the dtype and the device's limits, predicts the time of
-one step from a written cost model (:class:`StepCost`; derivation in ``kernels/README.md``), and takes the fastest.
-Plans depend on T only through "one step or more", and on B through a few tile widths, so that a new T never compiles
-anything and a new B at most picks another of a handful of kernels.
+The planner lists every feasible candidate for the sizes, the dtype and the device's limits, predicts the time
+of one step from a written cost model (:class:`StepCost`; derivation in ``kernels/README.md``), and takes the
+fastest. Plans depend on T only through "one step or more", and on B through a few tile widths, so that a new
+T never compiles anything and a new B at most picks another of a handful of kernels.
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ def _cuda_device(index: int) -> Device:
     if torch.version.hip:
         arch = properties.gcnArchName.split(":")[0]
         base = DEVICES.get(arch, DEVICES["gfx942"])
-        return dataclasses.replace(base, name=properties.name, arch=arch, sms=properties.multi_processor_count)
+        return dataclasses.replace(
+            base, name=properties.name, arch=arch, sms=properties.multi_processor_count
+        )
     arch = f"sm_{properties.major}{properties.minor}"
     # An architecture that the table does not name plans like the nearest older one that it does.
     known = [d for d in DEVICES.values() if d.arch.startswith("sm_") and int(d.arch[3:]) <= int(arch[3:])]
@@ -104,8 +106,13 @@ def device_of(x: Tensor) -> Device:
     """The device that ``x`` lies on; inside :func:`tritlstm.emulator.emulate`, the pretended one."""
     emulation = emulator.current()
     if emulation is not None:
-        return dataclasses.replace(DEVICES["sm_90"], name="emulator", arch="emulated", sms=emulation.sms,
-                                   shared_bytes=emulation.shared_bytes)
+        return dataclasses.replace(
+            DEVICES["sm_90"],
+            name="emulator",
+            arch="emulated",
+            sms=emulation.sms,
+            shared_bytes=emulation.shared_bytes,
+        )
     index = x.device.index if x.device.index is not None else torch.cuda.current_device()
     return _cuda_device(index)
 
@@ -114,11 +121,12 @@ def dot_precision(x: Tensor) -> str:
     """``input_precision`` of the kernels' products: fp32 follows torch's TF32 switch for cuDNN RNNs."""
     if x.dtype != torch.float32 or emulator.active() or torch.version.hip:
         return "ieee" if x.dtype == torch.float32 else "tf32"
-    return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" or _legacy_tf32() else "ieee"
-
-
-def _legacy_tf32() -> bool:
-    return torch.backends.cudnn.rnn.fp32_precision == "none" and torch.backends.cudnn.allow_tf32
+    # "none" follows the switch above it; `allow_tf32 = False` leaves "none" everywhere.
+    for switch in (torch.backends.cudnn.rnn, torch.backends.cudnn, torch.backends):
+        precision = getattr(switch, "fp32_precision", "none")
+        if precision != "none":
+            return "tf32" if precision == "tf32" else "ieee"
+    return "ieee"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +187,9 @@ class RecurrentPlan:
     def prologue(self) -> int:
         """Chunks of w_hh that are loaded together before the time loop: as many as half the registers hold."""
         rows = self.block_h * (4 if self.direction == "forward" else 1)
-        return max(1, PROLOGUE_BYTES * self.num_warps // (rows * self.block_k * self.split * self.dtype.itemsize))
+        return max(
+            1, PROLOGUE_BYTES * self.num_warps // (rows * self.block_k * self.split * self.dtype.itemsize)
+        )
 
     @property
     def us_per_step(self) -> float:
@@ -277,7 +287,7 @@ def _candidates(problem: _Problem) -> Iterator[RecurrentPlan]:
         whole = _power_of_two(padded(hidden), 16)
         if whole <= 128 and not problem.one_step:
             yield from _feasible(problem, "single", whole, block_b, 4 if whole <= 32 else 8, device.sms)
-        for block_h in (16, 32, 64):
+        for block_h in (16,) if _scalar_products(problem) else (16, 32, 64):
             if block_h > 16 and block_h >= 2 * padded(hidden):
                 continue
             for tier in ("step",) if problem.one_step else ("persistent", "streaming", "step"):
@@ -286,7 +296,7 @@ def _candidates(problem: _Problem) -> Iterator[RecurrentPlan]:
 
 #: Registers a thread that a plan may ask for by the estimate below, of the 255 there are. The estimate misses
 #: addresses and temporaries; the rest was found by compiling every configuration (``tritlstm kernels``).
-REGISTER_BUDGET = {"forward": 166, "backward": 153}
+REGISTER_BUDGET = {"forward": 154, "backward": 148}
 #: … and those of one received group of tiles.
 RECEIVED_REGISTERS = 64
 #: Bytes of weights in flight a warp before the time loop: 64 registers of 32 threads.
@@ -296,29 +306,24 @@ PROLOGUE_BYTES = 64 * 32 * 4
 def _budget(problem: _Problem) -> int:
     if problem.device.arch == "emulated":
         return 1 << 20
-    ieee = problem.precision == "ieee" and problem.element == 4
-    return REGISTER_BUDGET[problem.direction] - (16 if ieee else 0)
+    return REGISTER_BUDGET[problem.direction]
 
 
-def _registers(problem: _Problem, block_h: int, block_b: int, chunks: int, num_warps: int) -> float:
-    """Estimated 32-bit registers a thread that live through a step, the received tiles apart."""
+def _scalar_products(problem: _Problem) -> bool:
+    """Whether ``tl.dot`` becomes multiply-adds of the ordinary cores: fp32 without TF32."""
+    return problem.precision == "ieee" and problem.element == 4
+
+
+def _registers(problem: _Problem, block_h: int, block_b: int, num_warps: int) -> tuple[float, float]:
+    """Estimated 32-bit registers a thread that live through a step, received tiles apart, and more a resident chunk."""
     cells = block_h * block_b / (num_warps * problem.device.warp_size)
+    scalar = _scalar_products(problem)
     if problem.direction == "forward":
-        # Accumulator, prefetched pre-activations, c, h, four gates.
-        each, chunk = 4 + problem.element + 2 + 4, 8
-        if problem.precision == "ieee" and problem.element == 4:
-            each, chunk = each + 24, 5  # operands of the multiply-adds instead of descriptors of the chunks
-        return 40 + cells * each + chunk * chunks
+        # Accumulator, prefetched pre-activations, c, h, four gates; descriptors of the weights' chunks.
+        # Products without a matrix unit keep operands instead.
+        return 40 + cells * (4 + problem.element + 2 + 4 + 24 * scalar), 6 if scalar else 8
     # Partial sums, gates and cells, the new gradients; addresses of the chunks.
-    return 40 + 2 * problem.element + cells * (num_warps + 4 + 2 * problem.element) + 3 * chunks
-
-
-def _group(most: int, chunks: int) -> int:
-    """Chunks received together: a power of two, so that few kernels serve all sizes; all at once where it can be."""
-    if most < 1:
-        return 0
-    whole = _power_of_two(chunks, 1)
-    return whole if chunks <= most else 1 << (most.bit_length() - 1)
+    return 40 + 2 * problem.element + cells * (num_warps + 4 + 2 * problem.element), 6 if scalar else 3
 
 
 def _feasible(
@@ -338,7 +343,8 @@ def _feasible(
         chunks = resident = poll = 1
         # Operands of the product come from registers through shared memory.
         shared = 4 * block_h * block_h * element + block_h * block_b * (4 * 4 + element)
-        registers = _registers(problem, block_h, block_b, block_h // 32, num_warps)
+        base, per_chunk = _registers(problem, block_h, block_b, num_warps)
+        registers = base + per_chunk * (block_h // 32)
         if not forward:  # the step's own gate gradients stay for the next product
             registers += block_h * block_b / (num_warps * device.warp_size) * element
         if shared > device.shared_bytes or registers > _budget(problem):
@@ -352,23 +358,29 @@ def _feasible(
         tile_bytes = block_k * split * block_b * element
         scratch = block_h * block_b * 4 * (4 if forward else split)
         room = device.shared_bytes - scratch
-        on_chip = 0 if tier == "step" else min(chunks, room // chunk_bytes)
-        per_thread = tile_bytes / 4 / (num_warps * device.warp_size)
-        spare = _budget(problem) - _registers(problem, block_h, block_b, on_chip, num_warps)
-        most = int(min(chunks, spare // per_thread, RECEIVED_REGISTERS // per_thread))
-        if tier == "persistent":
-            resident = chunks
-            poll = _group(min(most, (room - chunks * chunk_bytes) // tile_bytes), chunks)
-        elif tier == "streaming":
-            resident = poll = 0
-            for together in (4, 2, 1):
-                if together <= most and resident < together:
-                    # A streamed chunk passes through shared memory as well.
-                    resident = min(chunks - 1, (room - together * tile_bytes - chunk_bytes) // chunk_bytes)
-                    poll = min(together, resident)
-        else:
-            resident, poll = 0, min(most, (room - chunk_bytes) // tile_bytes, 1)
-        if poll < 1:
+        per_tile = tile_bytes / 4 / (num_warps * device.warp_size)
+        base, per_chunk = _registers(problem, block_h, block_b, num_warps)
+        spare = _budget(problem) - base
+        if tier == "streaming":
+            # A streamed chunk passes through registers, and half as much again in addresses.
+            spare -= 1.5 * chunk_bytes / 4 / (num_warps * device.warp_size)
+        resident = poll = 0
+        for together in (16, 8, 4, 2, 1) if tier == "persistent" else (4, 2, 1):
+            held = min(together, chunks)  # tiles received at a time
+            most = min((room - held * tile_bytes) // chunk_bytes, int((spare - held * per_tile) // per_chunk))
+            if together >= 2 * chunks or held * per_tile > RECEIVED_REGISTERS:
+                continue
+            if tier == "step" and most >= 1:
+                poll = 1
+                break
+            if tier == "persistent" and most >= chunks:
+                resident, poll = chunks, together
+                break
+            # A streamed chunk passes through shared memory as well.
+            if tier == "streaming" and min(most, chunks) > together:
+                resident, poll = min(chunks, most) - 1, together
+                break
+        if poll == 0:
             return
         shared = (resident + (resident < chunks)) * chunk_bytes + min(poll, chunks) * tile_bytes + scratch
     plan = RecurrentPlan(
@@ -393,7 +405,9 @@ def _cost(problem: _Problem, plan: RecurrentPlan) -> StepCost:
     depth = problem.depth
     weight_bytes = plan.block_h * 4 * problem.hidden * element
     share = plan.resident / plan.chunks
-    multiply_adds = plan.block_h * plan.block_b * 4 * _power_of_two(problem.hidden, 16 if plan.tier == "single" else 1)
+    multiply_adds = (
+        plan.block_h * plan.block_b * 4 * _power_of_two(problem.hidden, 16 if plan.tier == "single" else 1)
+    )
     rate = device.fma_per_clock * (1.0 if element == 2 else 0.5)
     if problem.precision == "ieee" and element == 4:
         rate = 128 * 0.25  # CUDA cores, operands from shared memory
@@ -404,8 +418,10 @@ def _cost(problem: _Problem, plan: RecurrentPlan) -> StepCost:
     matrix = multiply_adds / (rate * clock)
     shared = share * weight_bytes / (SHARED_BYTES_PER_CLOCK * clock)
     read = rows * depth * element
-    copy = 0.0 if plan.tier == "single" else L2_LATENCY_US + max(
-        read / SM_L2_BYTES_PER_US, blocks * read / device.l2_bytes_per_us
+    copy = (
+        0.0
+        if plan.tier == "single"
+        else L2_LATENCY_US + max(read / SM_L2_BYTES_PER_US, blocks * read / device.l2_bytes_per_us)
     )
     left = (1.0 - share) * weight_bytes
     streamed = max(left / SM_L2_BYTES_PER_US, blocks * left / device.l2_bytes_per_us)
@@ -440,8 +456,8 @@ def recurrent(
     """The fastest predicted plan of one recurrent kernel.
 
     ``direction`` is ``'forward'`` or ``'backward'``; ``overrides`` fixes fields of :class:`RecurrentPlan`
-    (``tier``, ``protocol``, ``block_h``, ``block_b``, ``block_k``, ``num_warps``, and after the choice ``split``,
-    ``resident``, ``poll``, ``n_groups``). Raises :class:`PlanError` if nothing fits.
+    (``tier``, ``protocol``, ``block_h``, ``block_b``, ``block_k``, ``num_warps``, and after the choice
+    ``split``, ``resident``, ``poll``, ``n_groups``). Raises :class:`PlanError` if nothing fits.
     """
     fixed = dict(overrides or {})
     block_k = fixed.pop("block_k", None)
@@ -486,7 +502,11 @@ def _why_not(problem: _Problem, tier: str) -> str:
         )
     if -(-padded(hidden) // 64) > device.sms:
         return f"even 64 units a block make more blocks than the {device.sms} multiprocessors hold at once"
-    return "w_hh fits on chip" if tier == "streaming" else "the received tile does not fit registers or shared memory"
+    return (
+        "w_hh fits on chip"
+        if tier == "streaming"
+        else "the received tile does not fit registers or shared memory"
+    )
 
 
 def _kib(size: int) -> int:
@@ -502,9 +522,9 @@ def _best(problem: _Problem, fixed: tuple[tuple[str, Any], ...]) -> RecurrentPla
     suiting = [plan for plan in _candidates(problem) if _matches(plan, wanted)]
     if not suiting:
         raise PlanError(
-            f"no {problem.direction} kernel configuration for H={problem.hidden}, B={problem.batch}, {problem.dtype} on "
-            f"{problem.device.name} ({problem.device.sms} multiprocessors, {problem.device.shared_bytes} bytes of shared "
-            f"memory a block){f' with {wanted}' if wanted else ''}"
+            f"no {problem.direction} kernel configuration for H={problem.hidden}, B={problem.batch}, "
+            f"{problem.dtype} on {problem.device.name} ({problem.device.sms} multiprocessors, "
+            f"{problem.device.shared_bytes} bytes of shared memory a block){f' with {wanted}' if wanted else ''}"
         )
     best = min(suiting, key=lambda plan: (plan.us_per_step, plan.num_warps, plan.block_b, plan.block_h))
     return _adjusted(best, {key: value for key, value in wanted.items() if key not in CHOICES})
@@ -517,7 +537,9 @@ def _matches(plan: RecurrentPlan, wanted: Mapping[str, Any]) -> bool:
 def _adjusted(plan: RecurrentPlan, changes: Mapping[str, Any]) -> RecurrentPlan:
     """``plan`` with fields set by hand, for tests and tuning: what depends on them follows."""
     if not changes or plan.tier == "single":
-        return dataclasses.replace(plan, **{k: v for k, v in changes.items() if k in ("n_groups", "spin_limit")})
+        return dataclasses.replace(
+            plan, **{k: v for k, v in changes.items() if k in ("n_groups", "spin_limit")}
+        )
     depth = padded(plan.hidden) * (4 if plan.direction == "backward" else 1)
     split = changes.get("split", plan.split) if plan.direction == "backward" else 1
     chunks = -(-depth // (plan.block_k * split))

@@ -1,7 +1,7 @@
 """What a kernel that gave up waiting has reported, and the error made of it.
 
-The record lies in memory that the host reads without waiting for the GPU, so a time-out surfaces as an exception
-at the next call; the launch that failed has filled its results with NaN.
+The record lies in memory that the host reads without waiting for the GPU, so a time-out surfaces as an
+exception at the next call; the launch that failed has filled its results with NaN.
 """
 
 from __future__ import annotations
