@@ -1,38 +1,82 @@
-"""``tritlstm kernels``: cross-compiles what the planner can choose and reads the result, without a GPU."""
+"""``tritlstm kernels``: cross-compiles what the planner can choose and reads the result, without a GPU.
+
+A row of the JSON describes one compiled kernel:
+
+========================  ============================================================================
+``kernel``, ``config``    its name; constexpr parameters, warps, tier, protocol, planned shared memory
+``arch``, ``dtype``       ``sm_90``, ``gfx942``, …; ``fp16``, ``bf16`` or ``fp32``
+``registers``             a thread
+``spill_bytes``           a thread's registers kept in memory: stack on NVIDIA, scratch on AMD
+``shared_bytes``          of a block; ``shared_limit`` is the architecture's limit
+``instructions``          counts by mnemonic, the matrix instruction among them
+``matrix_instruction``    its mnemonic (``HGMMA``, ``v_mfma_f32_16x16x16_bf16``), or null
+``weights_resident``      whether ``w_hh`` is read before the time loop and not inside it
+``exchange_reads``        loads of other blocks' results: counts by opcode; ``exchange_read_bytes`` of each
+``layout_conversions``    operations in the time loop that move a tile between threads
+``problems``              what is wrong with it, in words; empty if nothing is
+``versions``              of triton and torch
+========================  ============================================================================
+"""
 
 from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import inspect
 import json
 import os
 import re
-import subprocess
+import signal
 import sys
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
 
 import torch
 
-from . import plan
+from . import machine_code, plan
 from .kernels.launch import Launch, kernel_function
+from .plan import Device, GemmPlan, RecurrentPlan
 
-__all__ = ["add_arguments", "compile_launch", "configurations", "inspect_launch", "run"]
+__all__ = [
+    "Configuration",
+    "add_arguments",
+    "compile_launch",
+    "configurations",
+    "expected_matrix",
+    "inspect_launch",
+    "parameter_offsets",
+    "problems",
+    "run",
+    "signature",
+]
 
-HIDDEN_SIZES = (16, 32, 64, 100, 128, 160, 192, 256, 320, 384, 448, 512, 576, 640, 650, 704, 768, 832, 896, 960, 1000,
-                1024, 1150, 1280, 1500, 1536, 1792, 2048, 2560, 3072, 4096)  # fmt: skip
+HIDDEN_SIZES = (16, 32, 64, 104, 128, 160, 192, 256, 320, 384, 448, 512, 576, 640, 704, 768, 832, 896, 960, 1000,
+                1024, 1152, 1280, 1504, 1536, 1792, 2048, 2560, 3072, 4096)  # fmt: skip
+#: Added to every hidden size for the uneven variant: no multiple of 8, so every mask is needed.
+UNEVEN = -3
 BATCH_SIZES = (1, 16, 17, 32, 64, 128, 256, 1024, 4096)
+
+
+def _sixteen_bit_precision() -> str:
+    return plan.dot_precision(torch.empty(0, dtype=torch.float16))
+
+
 #: dtype and input_precision of every product the kernels can be asked for.
-PRODUCTS = ((torch.float16, "tf32"), (torch.bfloat16, "tf32"), (torch.float32, "tf32"), (torch.float32, "ieee"))
+PRODUCTS = (
+    (torch.float16, _sixteen_bit_precision()),
+    (torch.bfloat16, _sixteen_bit_precision()),
+    (torch.float32, "tf32"),
+    (torch.float32, "ieee"),
+)
 TYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32"}
-MATRIX_INSTRUCTION = re.compile(r"^(HGMMA|QGMMA|HMMA|UTCHMMA|UTC\w*MMA|v_mfma\w*)")
+#: The pointer through which a kernel reads what other blocks of its launch have written.
+EXCHANGE = {"recurrent_forward": "exchange_ptr", "recurrent_backward": "grad_gates_ptr"}
+MATRIX_INSTRUCTION = re.compile(r"^(HGMMA|HMMA|QGMMA|UTC\w*MMA|v_mfma\w+|v_wmma\w+)$")
 COUNTED = re.compile(
-    r"^(HGMMA|HMMA|UTC\w+|BAR|LDG|STG|LDS|LDSM|STS|STSM|LDGSTS|ATOM\w*|RED\w*|MEMBAR|FFMA|MUFU|SHFL|LDL|STL|LDTM|STTM"
-    r"|v_mfma\w*|ds_\w+|global_\w+|scratch_\w+|s_barrier|buffer_\w+)"
+    r"^(\w*MMA|UTC\w+|BAR|LDG|STG|LDS|LDSM|STS|STSM|LDGSTS|LDTM|STTM|LDL|STL|ATOM\w*|RED\w*|MEMBAR|FFMA\d?|MUFU|SHFL"
+    r"|v_w?mfma\w+|v_wmma\w+|v_(pk_)?fmac?_f32\w*|ds_\w+|(global|buffer|flat|scratch)_\w+|s_barrier)$"
 )
 
 
@@ -41,16 +85,16 @@ class Configuration:
     """One kernel that the planner can choose on a device, at the largest size it is chosen for."""
 
     launch: Launch
-    plan: plan.RecurrentPlan | plan.GemmPlan
+    plan: RecurrentPlan | GemmPlan
     dtype: torch.dtype
-    device: plan.Device
+    device: Device
 
 
 def _meta(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def recurrent_launch(chosen: plan.RecurrentPlan, lengths: bool = False) -> Launch:
+def recurrent_launch(chosen: RecurrentPlan, lengths: bool = False) -> Launch:
     """The launch of a plan with tensors that have a dtype but no memory."""
     value, single = _meta(chosen.dtype, 1), _meta(torch.float32, 1)
     word = _meta(torch.int32, 1)
@@ -69,33 +113,83 @@ def recurrent_launch(chosen: plan.RecurrentPlan, lengths: bool = False) -> Launc
     return chosen.launch(given)
 
 
-def gemm_launch(chosen: plan.GemmPlan, dtype: torch.dtype) -> Launch:
+def gemm_launch(chosen: GemmPlan, dtype: torch.dtype) -> Launch:
     value = _meta(dtype, 1)
-    pointers = {name: value for name in ("x_ptr", "w_ptr", "b_ih_ptr", "b_hh_ptr", "gates_ptr")}
+    pointers = dict.fromkeys(("x_ptr", "w_ptr", "b_ih_ptr", "b_hh_ptr", "gates_ptr"), value)
     return chosen.launch({**pointers, "rows": 3, "B": 3, "x_stride_t": 3, "x_stride_b": 3})
 
 
-def configurations(device: plan.Device, products: Any = PRODUCTS) -> list[Configuration]:
-    """Every configuration the planner can choose on ``device``, once, at the largest H it is chosen for."""
+def recurrent_key(chosen: RecurrentPlan) -> tuple:
+    """What tells the kernels of a dtype apart, except for the hidden size and what follows from it."""
+    return (
+        chosen.precision, chosen.direction, chosen.save, chosen.tier, chosen.protocol, chosen.block_h, chosen.block_b,
+        chosen.block_k, chosen.split, chosen.num_warps, chosen.poll,
+    )  # fmt: skip
+
+
+def configurations(device: Device, products: Any = PRODUCTS) -> list[Configuration]:
+    """Every configuration the planner can choose on ``device``, once, at the largest H it is chosen for.
+
+    Training kernels come a second time at a hidden size that is no multiple of 8 and with ``lengths``, which need
+    the most registers.
+    """
     found: dict[tuple, tuple[int, Configuration]] = {}
 
-    def keep(key: tuple, size: int, build: Any) -> None:
-        if key not in found or found[key][0] < size:
-            found[key] = (size, build())
+    def keep(key: tuple, hidden: int, launch: Callable[..., Launch], chosen: Any, *more: Any) -> None:
+        if key not in found or found[key][0] < hidden:
+            found[key] = (hidden, Configuration(launch(chosen, *more), chosen, key[0], device))
 
     for dtype, precision in products:
-        for hidden in HIDDEN_SIZES:
-            for batch in BATCH_SIZES:
-                for direction, save in (("forward", False), ("forward", True), ("backward", True)):
-                    for length in (1, 2):
-                        p = plan.recurrent(direction, length, batch, hidden, dtype, device, precision, save)
-                        key = (dtype, precision, direction, save, p.tier, p.protocol, p.block_h, p.block_b,
-                               p.block_k, p.split, p.num_warps, p.poll)  # fmt: skip
-                        keep(key, hidden, lambda p=p, d=dtype: Configuration(recurrent_launch(p), p, d, device))
-                g = plan.gate_gemm(batch * 64, hidden, hidden, dtype, device, precision)
-                key = (dtype, precision, "gemm", g.block_m, g.block_n, g.block_k, g.num_warps, g.num_stages)
-                keep(key, hidden, lambda g=g, d=dtype: Configuration(gemm_launch(g, d), g, d, device))
+        if device.arch.startswith("gfx") and precision == "tf32" and dtype == torch.float32:
+            continue  # dot_precision never asks for it there
+        for even in HIDDEN_SIZES:
+            for hidden in (even, even + UNEVEN):
+                uneven = hidden != even
+                for batch in BATCH_SIZES:
+                    modes = (("forward", True), ("backward", True)) + (() if uneven else (("forward", False),))
+                    for direction, save in modes:
+                        for length in (1, 2):
+                            p = plan.recurrent(direction, length, batch, hidden, dtype, device, precision, save)
+                            keep((dtype, uneven, *recurrent_key(p)), hidden, recurrent_launch, p, uneven)
+                    g = plan.gate_gemm(batch * 64, hidden, hidden, dtype, device, precision)
+                    key = (dtype, uneven, precision, g.block_m, g.block_n, g.block_k, g.num_warps, g.num_stages)
+                    keep(key, hidden, gemm_launch, g, dtype)
     return [configuration for _, configuration in found.values()]
+
+
+def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list]]:
+    """A launch as Triton's compiler is told of it: parameter types, constexpr values, attributes.
+
+    It depends on which tensors are given and on their dtypes, and on the launch's constants; never on the value of
+    an integer argument.
+    """
+    types: dict[str, str] = {}
+    constants = dict(launch.constants)
+    attributes: dict[tuple[int, ...], list] = {}
+    for position, name in enumerate(kernel_function(launch.kernel).arg_names):
+        value = launch.arguments.get(name)
+        if name in launch.constants or value is None:
+            types[name] = "constexpr"
+            constants[name] = launch.constants.get(name)
+        elif isinstance(value, torch.Tensor):
+            types[name] = "*" + TYPE_NAMES[value.dtype]
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        else:
+            types[name] = "i32"
+    return types, constants, attributes
+
+
+def parameter_offsets(launch: Launch) -> dict[str, int]:
+    """Where each argument lies in the kernel's argument block, in bytes: pointers have 8, integers 4."""
+    offsets: dict[str, int] = {}
+    at = 0
+    for name, kind in signature(launch)[0].items():
+        if kind != "constexpr":
+            size = 8 if kind.startswith("*") else 4
+            at = -(-at // size) * size
+            offsets[name] = at
+            at += size
+    return offsets
 
 
 def compile_launch(launch: Launch, arch: str) -> Any:
@@ -104,119 +198,119 @@ def compile_launch(launch: Launch, arch: str) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    function = kernel_function(launch.kernel)
-    constants = dict(launch.constants)
-    signature: dict[str, str] = {}
-    attributes: dict[tuple[int, ...], list] = {}
-    for position, name in enumerate(function.arg_names):
-        value = launch.arguments.get(name)
-        if name in launch.constants or value is None:
-            signature[name] = "constexpr"
-            constants[name] = launch.constants.get(name)
-        elif isinstance(value, torch.Tensor):
-            signature[name] = "*" + TYPE_NAMES[value.dtype]
-            attributes[(position,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "i32"
     if arch.startswith("gfx"):
         target = GPUTarget("hip", arch, 64)
     else:
         target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    options = launch.options(target.backend)
-    source = ASTSource(function, signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=target, options=options)
+    types, constants, attributes = signature(launch)
+    source = ASTSource(kernel_function(launch.kernel), types, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=target, options=launch.options(target.backend))
 
 
-def _nvidia_tool(name: str) -> str:
-    import triton
-
-    return os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", name)
-
-
-def _read_cubin(cubin: bytes) -> tuple[int, int, list[str]]:
-    """Registers a thread, spilled bytes, and the mnemonics of the machine code."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(cubin)
-        usage = subprocess.run(
-            [_nvidia_tool("cuobjdump"), "--dump-resource-usage", path], capture_output=True, text=True, check=True
-        ).stdout
-        text = subprocess.run(
-            [_nvidia_tool("nvdisasm"), "-c", path], capture_output=True, text=True, check=True
-        ).stdout
-    registers = int(re.findall(r"REG:(\d+)", usage)[-1])
-    stack = int(re.findall(r"STACK:(\d+)", usage)[-1])
-    mnemonics = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", text, re.MULTILINE)
-    return registers, stack, mnemonics
+def read_code(compiled: Any, launch: Launch) -> tuple[machine_code.Code, machine_code.Resources]:
+    """The machine code of what :func:`compile_launch` returned."""
+    offsets = parameter_offsets(launch)
+    if "cubin" in compiled.asm:
+        return machine_code.sass(compiled.asm["cubin"], launch.kernel, offsets)
+    text = compiled.asm["amdgcn"]
+    return machine_code.amdgcn(text, offsets), machine_code.amdgcn_resources(text)
 
 
-def _read_amdgcn(text: str) -> tuple[int, int, list[str]]:
-    def field(name: str) -> int:
-        found = re.search(rf"\.{name}:\s+(\d+)", text)
-        return int(found.group(1)) if found else 0
+def expected_matrix(launch: Launch, dtype: torch.dtype, arch: str) -> re.Pattern[str] | None:
+    """The matrix instruction that is meant; None where products are to run on ordinary multiply-adds.
 
-    mnemonics = re.findall(r"^\s+([a-z]\w+)", text, re.MULTILINE)
-    spilled = 4 * (field("vgpr_spill_count") + field("sgpr_spill_count"))
-    return field("vgpr_count"), max(spilled, field("private_segment_fixed_size")), mnemonics
-
-
-def weights_resident(ttgir: str) -> bool:
-    """Whether no load of ``w_ptr`` is left inside a loop of the compiled kernel."""
-    derived = {"%w_ptr"}
-    depth_of_loops: list[int] = []
-    depth = 0
-    for line in ttgir.splitlines():
-        code = line.split(" loc(")[0]
-        opened = code.count("{") - code.count("}")
-        if re.search(r"\bscf\.(for|while)\b", code):
-            depth_of_loops.append(depth)
-        result = re.match(r"\s*(%[\w#:]+)\s*=\s*([\w.\"]+)(.*)", code)
-        if result:
-            name, operation, operands = result.groups()
-            used = {operand.split("#")[0] for operand in re.findall(r"%[\w#]+", operands)}
-            if used & derived:
-                if operation in {"tt.load", "ttg.async_copy_global_to_local", "amdg.buffer_load", "amdgpu.buffer_load"}:
-                    if depth_of_loops:
-                        return False
-                elif operation not in {"scf.for", "scf.while", "tt.call"}:
-                    derived.add(name.split(":")[0])
-        depth += opened
-        while depth_of_loops and depth <= depth_of_loops[-1]:
-            depth_of_loops.pop()
-    return True
+    wgmma (sm_90) and tcgen05 (sm_100) multiply 64 rows at least. The forward pass gives them 4 * BLOCK_H rows; the
+    backward pass splits K over the warps instead, and so multiplies with mma.sync by design.
+    """
+    constants = launch.constants
+    if arch.startswith("gfx"):
+        return re.compile(r"v_mfma_f32_\w+")
+    if dtype == torch.float32 and constants["PRECISION"] == "ieee":
+        return None
+    if launch.kernel == "gate_gemm":
+        rows = constants["BLOCK_M"]
+    elif launch.kernel == "recurrent_forward":
+        rows = 4 * constants["BLOCK_H"]
+    else:
+        rows = constants["BLOCK_H"] if constants["SPLIT"] == 1 else 0
+    if rows >= 64 and arch in ("sm_90", "sm_100"):
+        return re.compile("HGMMA" if arch == "sm_90" else "UTC.?MMA")
+    return re.compile("HMMA")
 
 
 def inspect_launch(configuration: Configuration, arch: str) -> dict[str, Any]:
-    """Compiles one configuration; returns a row of ``tritlstm kernels --json`` (keys in the command's help)."""
+    """Compiles one configuration; returns a row of ``tritlstm kernels --json`` (the module says what its keys are)."""
     launch = configuration.launch
     compiled = compile_launch(launch, arch)
-    if "cubin" in compiled.asm:
-        registers, spilled, mnemonics = _read_cubin(compiled.asm["cubin"])
-    else:
-        registers, spilled, mnemonics = _read_amdgcn(compiled.asm["amdgcn"])
-    counts = collections.Counter(name for name in mnemonics if COUNTED.match(name))
-    matrix = sorted({name for name in counts if MATRIX_INSTRUCTION.match(name)})
-    chosen = configuration.plan
-    described = {k: v for k, v in launch.constants.items()} | {
+    code, resources = read_code(compiled, launch)
+    counts = {name: number for name, number in sorted(code.counts().items()) if COUNTED.match(name)}
+    matrix = sorted((name for name in counts if MATRIX_INSTRUCTION.match(name)), key=lambda name: -counts[name])
+    row = _heading(configuration, arch) | {
+        "registers": resources.registers,
+        "spill_bytes": resources.spill_bytes,
+        "shared_bytes": compiled.metadata.shared,
+        "shared_limit": configuration.device.shared_bytes,
+        "instructions": counts,
+        "matrix_instruction": matrix[0] if matrix else None,
+        "weights_resident": False,
+        "exchange_reads": {},
+        "exchange_read_bytes": [],
+        "layout_conversions": 0,
+    }
+    found: list[str] = []
+    if launch.kernel in EXCHANGE:
+        ttgir = compiled.asm["ttgir"]
+        resident, found = _resident(code, ttgir)
+        exchanged = code.reads(EXCHANGE[launch.kernel])
+        row["weights_resident"] = resident
+        row["exchange_reads"] = dict(collections.Counter(_named(load) for load in exchanged))
+        row["exchange_read_bytes"] = sorted({load.width for load in exchanged})
+        row["layout_conversions"] = machine_code.ttgir_count(ttgir, "ttg.convert_layout", depth=2)
+        stale = [load for load in exchanged if not load.coherent]
+        if row["config"]["protocol"] != "none" and (stale or not exchanged):
+            found.append(
+                f"reads other blocks' results through a cache of its own: {_named(stale[0])}" if stale else
+                "no read of other blocks' results found"
+            )  # fmt: skip
+    row["problems"] = problems(row, configuration) + found
+    return row
+
+
+def _named(load: machine_code.Load) -> str:
+    flags = re.findall(r"\b(sc0|sc1|nt|glc|slc)\b", load.instruction.operands)
+    return " ".join([load.instruction.opcode, *flags])
+
+
+def _resident(code: machine_code.Code, ttgir: str) -> tuple[bool, list[str]]:
+    """Whether the weights are read before the loops and in none, by the machine code and by Triton's IR."""
+    reads = code.reads("w_ptr")
+    unknown = [load for load in code.loads if load.in_loop and not load.parameters]
+    by_code = bool(reads) and not any(load.in_loop for load in reads)
+    outside, inside = machine_code.ttgir_reads(ttgir, "w_ptr")
+    by_ir = outside > 0 and inside == 0
+    if not reads:
+        return False, ["no read of the weights found in the machine code"]
+    if by_code != by_ir:
+        return False, [f"weights resident by the {'machine code' if by_code else 'GPU IR'} only"]
+    if by_code and unknown:
+        return False, [f"cannot tell what {unknown[0].instruction.opcode} in the time loop reads"]
+    return by_code, []
+
+
+def _heading(configuration: Configuration, arch: str) -> dict[str, Any]:
+    launch, chosen = configuration.launch, configuration.plan
+    config: dict[str, Any] = {
+        **launch.constants,
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
         "cooperative": launch.cooperative,
     }
-    if isinstance(chosen, plan.RecurrentPlan):
-        described |= {"tier": chosen.tier, "protocol": chosen.protocol, "planned_shared_bytes": chosen.shared_bytes}
-    return {
-        "kernel": launch.kernel,
-        "config": described,
-        "arch": arch,
-        "dtype": TYPE_NAMES[configuration.dtype],
-        "registers": registers,
-        "spill_bytes": spilled,
-        "shared_bytes": compiled.metadata.shared,
-        "shared_limit": configuration.device.shared_bytes,
-        "instructions": {**dict(counts), "matrix": matrix[0] if matrix else None},
-        "weights_resident": launch.kernel != "gate_gemm" and weights_resident(compiled.asm["ttgir"]),
-        "versions": {"triton": _triton_version(), "torch": torch.__version__},
-    }
+    if isinstance(chosen, RecurrentPlan):
+        config["lengths"] = launch.arguments["lengths_ptr"] is not None
+        config |= {"tier": chosen.tier, "protocol": chosen.protocol, "planned_shared_bytes": chosen.shared_bytes}
+    versions = {"triton": _triton_version(), "torch": torch.__version__}
+    dtype = TYPE_NAMES[configuration.dtype]
+    return {"kernel": launch.kernel, "config": config, "arch": arch, "dtype": dtype, "versions": versions}
 
 
 def _triton_version() -> str:
@@ -225,83 +319,252 @@ def _triton_version() -> str:
     return triton.__version__
 
 
-def problems(row: dict[str, Any]) -> list[str]:
-    """What is wrong with a row: spills, too much shared memory, no matrix instruction, weights not resident."""
+def problems(row: dict[str, Any], configuration: Configuration) -> list[str]:
+    """What a row's numbers say is wrong: registers, shared memory, matrix instruction, weights, width of the reads."""
     found = []
     config = row["config"]
     if row["spill_bytes"]:
         found.append(f"{row['spill_bytes']} bytes spilled")
     if row["shared_bytes"] > row["shared_limit"]:
         found.append(f"{row['shared_bytes']} bytes of shared memory, limit {row['shared_limit']}")
-    if config["PRECISION"] != "ieee" or row["dtype"] != "fp32":
-        if row["instructions"]["matrix"] is None:
-            found.append("no matrix instruction")
-    if config.get("tier") in {"single", "persistent"} and not row["weights_resident"]:
+    planned = config.get("planned_shared_bytes", row["shared_limit"])
+    if row["shared_bytes"] > planned:
+        found.append(f"{row['shared_bytes']} bytes of shared memory, planned {planned}")
+    meant = expected_matrix(configuration.launch, configuration.dtype, row["arch"])
+    matrix = row["matrix_instruction"]
+    if meant is None and matrix is not None:
+        found.append(f"matrix instruction {matrix} in products meant to be exact in fp32")
+    if meant is not None and (matrix is None or not meant.fullmatch(matrix)):
+        found.append(f"matrix instruction {matrix or 'missing'}, meant {meant.pattern}")
+    tier = config.get("tier")
+    if tier in {"single", "persistent"} and not row["weights_resident"]:
         found.append("weights read again inside the time loop")
+    if tier == "streaming" and row["weights_resident"]:
+        found.append("a streaming kernel that streams nothing")
+    narrow = min(row["exchange_read_bytes"], default=16)
+    wanted = min(16, _bytes_a_thread(configuration)) if tier in {"persistent", "streaming"} else 0
+    if narrow < wanted:
+        found.append(f"reads other blocks' results {narrow} bytes at a time, {wanted} could be")
     return found
 
 
+def _bytes_a_thread(configuration: Configuration) -> int:
+    """Of a tile of other blocks' results, a chunk of K wide."""
+    chosen = configuration.plan
+    if not isinstance(chosen, RecurrentPlan):
+        return 0
+    tile = chosen.block_k * chosen.split * chosen.block_b * chosen.dtype.itemsize
+    return tile // (chosen.num_warps * configuration.device.warp_size)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``tritlstm kernels``."""
     parser.add_argument("--arch", action="append", choices=sorted(plan.DEVICES), help="repeatable; default: all")
     parser.add_argument("--dtype", action="append", choices=("fp16", "bf16", "fp32"), help="repeatable; default: all")
-    parser.add_argument("--match", default="", help="only configurations whose description contains this text")
-    parser.add_argument("--json", metavar="FILE", help="write the rows there")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile (default: all cores)")
+    parser.add_argument("--match", action="append", default=[], metavar="TEXT",
+                        help="only configurations whose line in --list contains this text; repeatable: one of them"
+                        )  # fmt: skip
+    parser.add_argument("--json", metavar="FILE", help="write the rows there, each as soon as it is known")
+    parser.add_argument("--jobs", type=int, metavar="N", help="processes that compile; default: one a core")
     parser.add_argument("--list", action="store_true", help="only list the configurations")
 
 
-def _describe(configuration: Configuration) -> str:
+def describe(configuration: Configuration) -> str:
+    """One line: kernel, sizes and tiles."""
     chosen = configuration.plan
-    dtype = TYPE_NAMES[configuration.dtype]
-    if isinstance(chosen, plan.RecurrentPlan):
+    dtype = f"{TYPE_NAMES[configuration.dtype]}/{chosen.precision}"
+    if isinstance(chosen, RecurrentPlan):
         mode = chosen.direction + (" training" if chosen.save and chosen.direction == "forward" else "")
-        return f"{mode} {dtype}/{chosen.precision} H={chosen.hidden} {chosen.describe()} poll {chosen.poll}"
-    return f"gate_gemm {dtype}/{chosen.precision} tile {chosen.block_m}x{chosen.block_n}x{chosen.block_k}"
+        lengths = " lengths" if configuration.launch.arguments["lengths_ptr"] is not None else ""
+        return f"{mode} {dtype} H={chosen.hidden}{lengths} {chosen.describe()}, poll {chosen.poll}"
+    tile = f"{chosen.block_m}x{chosen.block_n}x{chosen.block_k}"
+    return f"gate_gemm {dtype} D=H={chosen.hidden} tile {tile}, {chosen.num_warps} warps"
 
 
-def _work(argument: tuple[Configuration, str]) -> dict[str, Any]:
-    configuration, arch = argument
+Work = tuple[Configuration, str]
+
+
+def _work(work: Work) -> dict[str, Any]:
+    configuration, arch = work
     try:
         return inspect_launch(configuration, arch)
     except Exception as error:
-        return {"kernel": configuration.launch.kernel, "arch": arch, "error": f"{type(error).__name__}: {error}"[:500]}
+        return _failed(work, error)
 
 
-def _rows(work: list[tuple[Configuration, str]], jobs: int) -> Iterator[dict[str, Any]]:
-    if jobs <= 1 or len(work) == 1:
-        yield from map(_work, work)
+def _failed(work: Work, error: BaseException) -> dict[str, Any]:
+    """The row of a configuration that could not be compiled or read: its first and its last words."""
+    words = " ".join(str(error).split())
+    words = words if len(words) <= 400 else f"{words[:150]} … {words[-240:]}"
+    return _heading(*work) | {"problems": [f"{type(error).__name__}: {words}"]}
+
+
+def _leave_interrupts_to_the_parent() -> None:
+    os.setpgrp()  # out of the terminal's reach: the compiler's own child processes would die of it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _rows(work: list[Work], jobs: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows in the order in which they are finished, with their place in ``work``.
+
+    When interrupted, finishes what is being compiled and yields that too, before the interrupt goes on.
+    """
+    if jobs == 1 or len(work) <= 1:
+        yield from enumerate(map(_work, work))
         return
     import multiprocessing
+    from concurrent import futures
 
-    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        yield from pool.imap(_work, work)
+    interrupted = None
+    context = multiprocessing.get_context("spawn")
+    with futures.ProcessPoolExecutor(jobs, context, _leave_interrupts_to_the_parent) as pool:
+        places = {pool.submit(_work, each): place for place, each in enumerate(work)}
+        waiting = set(places)
+        while waiting:
+            try:
+                done, waiting = futures.wait(waiting, return_when=futures.FIRST_COMPLETED)
+            except KeyboardInterrupt as interrupt:
+                if interrupted is not None:
+                    raise
+                interrupted = interrupt
+                for future in waiting:
+                    future.cancel()
+                continue
+            for future in done:
+                if future.cancelled():
+                    continue
+                error = future.exception()
+                place = places[future]
+                yield place, _failed(work[place], error) if error else future.result()
+    if interrupted is not None:
+        raise interrupted
+
+
+class _RowFile:
+    """A JSON list in a file that is complete after every row."""
+
+    def __init__(self, path: str | None) -> None:
+        self.file: TextIO | None = None
+        if path is not None:
+            self.file = open(path, "w", encoding="utf-8")  # noqa: SIM115
+            self.file.write("[")
+            self.end = self.file.tell()
+            self.file.write("\n]\n")
+            self.file.flush()
+
+    def add(self, row: dict[str, Any]) -> None:
+        if self.file is None:
+            return
+        self.file.seek(self.end)
+        self.file.write(("," if self.end > 1 else "") + "\n" + json.dumps(row))
+        self.end = self.file.tell()
+        self.file.write("\n]\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal that has rich; nothing elsewhere, where the lines themselves show how far it is."""
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    except ImportError:
+        yield lambda failed: None
+        return
+    if not sys.stderr.isatty():
+        yield lambda failed: None
+        return
+    columns = (
+        TextColumn("compiling"), BarColumn(bar_width=24), MofNCompleteColumn(),
+        TextColumn("{task.fields[failed]} with a problem"), TimeRemainingColumn(),
+    )  # fmt: skip
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, redirect_stdout=sys.stdout.isatty()) as progress:
+        task = progress.add_task("compiling", total=total, failed=0)
+        yield lambda failed: progress.update(task, advance=1, failed=failed)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints a line a configuration; exit status 1 if any has a problem."""
+    """Prints a line a configuration; exit status 1 if any has a problem, 2 for wrong arguments, 130 if stopped."""
+    jobs = args.jobs if args.jobs is not None else len(os.sched_getaffinity(0))
+    if jobs < 1:
+        return _refuse(f"--jobs must be at least 1, got {jobs}")
     products = [p for p in PRODUCTS if not args.dtype or TYPE_NAMES[p[0]] in args.dtype]
     work = [
         (configuration, arch)
-        for arch in args.arch or plan.DEVICES
+        for arch in dict.fromkeys(args.arch or plan.DEVICES)
         for configuration in configurations(plan.DEVICES[arch], products)
-        if args.match in _describe(configuration)
+        if not args.match or any(text in describe(configuration) for text in args.match)
     ]
+    if not work:
+        return _refuse(f"no configuration contains {' or '.join(map(repr, args.match))}; --list shows them all")
     if args.list:
         for configuration, arch in work:
-            print(arch, _describe(configuration))
+            print(arch, describe(configuration))
         return 0
-    rows, failed = [], 0
-    for (configuration, arch), row in zip(work, _rows(work, args.jobs), strict=True):
-        rows.append(row)
-        wrong = [row["error"]] if "error" in row else problems(row)
-        failed += bool(wrong)
-        numbers = "" if "error" in row else (
-            f"{row['registers']} registers, {row['shared_bytes']} of {row['shared_limit']} bytes shared, "
-            f"{row['instructions']['matrix'] or 'no matrix instruction'}"
+    try:
+        file = _RowFile(args.json)
+    except OSError as error:
+        return _refuse(f"cannot write {args.json}: {error.strerror}")
+    rows: list[dict[str, Any]] = []
+    stopped = False
+    with contextlib.closing(file), _progress(len(work)) as advance:
+        try:
+            failed = 0
+            for place, row in _rows(work, jobs):
+                rows.append(row)
+                file.add(row)
+                failed += bool(row["problems"])
+                print(_line(row, describe(work[place][0])), flush=True)
+                advance(failed)
+        except KeyboardInterrupt:
+            stopped = True
+    _summarize(rows, len(work), args.json)
+    return 130 if stopped else 1 if any(row["problems"] for row in rows) else 0
+
+
+def _refuse(words: str) -> int:
+    print(f"tritlstm kernels: {words}", file=sys.stderr)
+    return 2
+
+
+def _line(row: dict[str, Any], description: str) -> str:
+    line = f"{row['arch']} {description}"
+    if "registers" in row:
+        line += (
+            f": {row['registers']} registers, {row['shared_bytes']} of {row['shared_limit']} bytes shared, "
+            f"{row['matrix_instruction'] or 'no matrix instruction'}"
         )
-        print(f"{arch} {_describe(configuration)}: {numbers}{' PROBLEM: ' + '; '.join(wrong) if wrong else ''}")
-        sys.stdout.flush()
-    print(f"{len(rows)} configurations, {failed} with a problem")
-    if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
-    return 1 if failed else 0
+        if row["weights_resident"]:
+            line += ", weights resident"
+    return line + (f" PROBLEM: {'; '.join(row['problems'])}" if row["problems"] else "")
+
+
+def _summarize(rows: list[dict[str, Any]], wanted: int, path: str | None) -> None:
+    by_arch: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_arch.setdefault(row["arch"], []).append(row)
+    print()
+    for arch, group in by_arch.items():
+        read = [row for row in group if "registers" in row]
+        bad = sum(bool(row["problems"]) for row in group)
+        numbers = ""
+        if read:
+            matrix = collections.Counter(row["matrix_instruction"] or "none" for row in read)
+            named = ", ".join(f"{name} in {count}" for name, count in sorted(matrix.items()))
+            resident = sum(row["weights_resident"] for row in read)
+            numbers = (
+                f"; at most {max(row['registers'] for row in read)} registers and "
+                f"{max(row['shared_bytes'] for row in read)} of {read[0]['shared_limit']} bytes shared; "
+                f"weights resident in {resident}; matrix instruction {named}"
+            )
+        print(f"{arch}: {len(group)} configurations, {bad} with a problem{numbers}")
+    done = sum(map(len, by_arch.values()))
+    if done < wanted:
+        print(f"stopped: {wanted - done} of {wanted} configurations are missing")
+    if path:
+        print(f"{done} rows in {path}")
