@@ -5,8 +5,7 @@ A step's producer calls :func:`publish` for each of its tiles and then :func:`an
 
 ``NONE``     they were written before this launch; nothing to wait for.
 ``COUNTER``  blocks count themselves in with a release; the consumer spins on the count with an acquire.
-``FLAG``     the buffer was filled with :data:`POISON` bits before the launch, which no ``publish`` ever
-stores;
+``FLAG``     the buffer was filled with :data:`POISON` bits before the launch, which no ``publish`` ever stores;
              the consumer re-reads the data until none is left. Each element is its own flag.
 
 Every spin is bounded by ``spin_limit`` turns. A consumer that runs out reports in ``status`` and returns

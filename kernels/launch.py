@@ -34,20 +34,19 @@ class Launch:
     num_warps: int
     num_stages: int = 1
     cooperative: bool = False
+    max_registers: int | None = None  # a thread, NVIDIA only
 
-    def options(self, backend: str) -> dict[str, int]:
-        """Compiler options for a Triton backend, ``'cuda'`` or ``'hip'``."""
+    @property
+    def options(self) -> dict[str, int]:
+        """Compiler options."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        if backend == "cuda":
-            # Told nothing, ptxas aims at two blocks a multiprocessor and spills for it; here one fills it.
-            options["maxnreg"] = min(255, 65536 // (32 * self.num_warps))
+        if self.max_registers is not None:
+            options["maxnreg"] = self.max_registers
         return options
 
     def run(self) -> None:
         """Launches on the current CUDA device and stream."""
-        import torch
-
-        options: dict[str, Any] = dict(self.options("hip" if torch.version.hip else "cuda"))
+        options: dict[str, Any] = dict(self.options)
         if self.cooperative:
             options["launch_cooperative_grid"] = True
         kernel_function(self.kernel)[self.grid](**self.arguments, **self.constants, **options)

@@ -8,8 +8,9 @@ from . import cell, exchange, layout
 
 @triton.jit
 def _weight_chunk(
-    w_ptr, unit_begin, column_begin, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr
-):
+    w_ptr, unit_begin, column_begin,
+    H: tl.constexpr, HX: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
     """Columns of ``w_hh`` of this block's units, rows in packed order: ``[SPLIT, BLOCK_H, BLOCK_K]``, zero outside.
 
     With ``SPLIT == 1`` the leading dimension is left out.
@@ -24,16 +25,16 @@ def _weight_chunk(
         unit = unit[None, :, None]
     from_unit = layout.unit_of(column)
     row = (layout.gate_of(column) * H + from_unit).to(tl.int64)
-    pointers = w_ptr + row * H + unit
-    inside = (from_unit < H) & (unit < H)
+    pointers = w_ptr + row * HX + unit
+    inside = (from_unit < H) & (unit < HX)
     return tl.load(pointers, mask=inside, other=0.0)
 
 
 @triton.jit
-def _single_weights(w_ptr, gate: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr):
+def _single_weights(w_ptr, gate: tl.constexpr, H: tl.constexpr, HX: tl.constexpr, BLOCK_H: tl.constexpr):
     unit = tl.arange(0, BLOCK_H)
-    inside = (unit[:, None] < H) & (unit[None, :] < H)
-    return tl.load(w_ptr + (gate * H + unit[None, :]) * H + unit[:, None], mask=inside, other=0.0)
+    inside = (unit[:, None] < HX) & (unit[None, :] < H)
+    return tl.load(w_ptr + (gate * H + unit[None, :]) * HX + unit[:, None], mask=inside, other=0.0)
 
 
 @triton.jit
@@ -107,7 +108,7 @@ def recurrent_backward(
     grad_out_ptr,  # rows of H: row t * stride_t + b * stride_b; or None
     grad_h_n_ptr,  # [B, H] or None
     grad_c_n_ptr,  # [B, H] or None
-    w_ptr,  # [4H, H]
+    w_ptr,  # [4H, HX], zero columns beyond H
     c0_ptr,  # [B, H]
     lengths_ptr,  # [B] int32 or None
     gates_ptr,  # [T, B, 4 HX] packed, activated
@@ -150,10 +151,10 @@ def recurrent_backward(
     weights = ()
     if SINGLE:
         for gate in tl.static_range(4):
-            weights = weights + (_single_weights(w_ptr, gate, H, BLOCK_H),)
+            weights = weights + (_single_weights(w_ptr, gate, H, HX, BLOCK_H),)
     else:
         for j in tl.static_range(RESIDENT):
-            weights = weights + (_weight_chunk(w_ptr, unit_begin, j * CHUNK, H, BLOCK_H, BLOCK_K, SPLIT),)
+            weights = weights + (_weight_chunk(w_ptr, unit_begin, j * CHUNK, H, HX, BLOCK_H, BLOCK_K, SPLIT),)
             if (j + 1) % PROLOGUE == 0:
                 # Else the compiler issues the loads of all chunks at once and runs out of registers.
                 tl.debug_barrier()
@@ -235,7 +236,7 @@ def recurrent_backward(
                     )  # fmt: skip
                     missing = missing | late
                 for chunk in range(RESIDENT, N_CHUNKS):
-                    streamed = _weight_chunk(w_ptr, unit_begin, chunk * CHUNK, H, BLOCK_H, BLOCK_K, SPLIT)
+                    streamed = _weight_chunk(w_ptr, unit_begin, chunk * CHUNK, H, HX, BLOCK_H, BLOCK_K, SPLIT)
                     p, m = _gradient_pointers(later_rows, chunk * CHUNK, wanted, HX, BLOCK_K, SPLIT)
                     tiles, late = exchange.receive((p,), (m,), None, 1, alive, spin_limit, 1, PROTOCOL)
                     missing = missing | late

@@ -7,14 +7,16 @@ from . import cell, exchange, layout
 
 
 @triton.jit
-def _weight_chunk(w_ptr, unit_begin, k_begin, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr):
+def _weight_chunk(
+    w_ptr, unit_begin, k_begin, H: tl.constexpr, HX: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr
+):
     """Rows of ``w_hh`` of this block's units in packed order: ``[4 * BLOCK_H, BLOCK_K]``, zero outside."""
     column = tl.arange(0, 4 * BLOCK_H)
     unit = unit_begin + layout.unit_of(column)
     row = (layout.gate_of(column) * H + unit).to(tl.int64)
     k = k_begin + tl.arange(0, BLOCK_K)
-    inside = (unit[:, None] < H) & (k[None, :] < H)
-    return tl.load(w_ptr + row[:, None] * H + k[None, :], mask=inside, other=0.0)
+    inside = (unit[:, None] < H) & (k[None, :] < HX)
+    return tl.load(w_ptr + row[:, None] * HX + k[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
@@ -55,7 +57,7 @@ def _initial(ptr, b, unit, inside, H: tl.constexpr):
 @triton.jit(do_not_specialize=["T", "B", "step_begin", "step_end", "reverse", "n_tiles", "spin_limit"])
 def recurrent_forward(
     gates_ptr,  # [T, B, 4 HX] packed; in: input products with bias; out, if SAVE: activated gates
-    w_ptr,  # [4H, H]
+    w_ptr,  # [4H, HX], zero columns beyond H
     h0_ptr,  # [B, HX]
     c0_ptr,  # [B, H]
     lengths_ptr,  # [B] int32 or None
@@ -98,7 +100,7 @@ def recurrent_forward(
 
     weights = ()
     for j in tl.static_range(RESIDENT):
-        weights = weights + (_weight_chunk(w_ptr, unit_begin, j * BLOCK_K, H, BLOCK_H, BLOCK_K),)
+        weights = weights + (_weight_chunk(w_ptr, unit_begin, j * BLOCK_K, H, HX, BLOCK_H, BLOCK_K),)
         if (j + 1) % PROLOGUE == 0:
             # Else the compiler issues the loads of all chunks at once and runs out of registers.
             tl.debug_barrier()
@@ -165,7 +167,7 @@ def recurrent_forward(
                     )  # fmt: skip
                     missing = missing | late
                 for chunk in range(RESIDENT, N_CHUNKS):
-                    streamed = _weight_chunk(w_ptr, unit_begin, chunk * BLOCK_K, H, BLOCK_H, BLOCK_K)
+                    streamed = _weight_chunk(w_ptr, unit_begin, chunk * BLOCK_K, H, HX, BLOCK_H, BLOCK_K)
                     p, m = _state_pointers(state_rows, chunk * BLOCK_K, in_batch, HX, BLOCK_K)
                     tiles, late = exchange.receive((p,), (m,), exempt, wanted, alive, spin_limit, 1, PROTOCOL)
                     missing = missing | late

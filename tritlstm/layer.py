@@ -149,7 +149,7 @@ def forward(
     flag = status.of(x.device)
     arguments = {
         "gates_ptr": gates,
-        "w_ptr": w_hh.contiguous(),
+        "w_ptr": _pad_columns(w_hh, width),
         "h0_ptr": _pad_columns(h0, width),
         "c0_ptr": c0.contiguous(),
         "lengths_ptr": lengths,
@@ -284,7 +284,7 @@ def _recurrent_backward(
         "grad_out_ptr": grad_out,
         "grad_h_n_ptr": None if grad_h_n is None else grad_h_n.contiguous(),
         "grad_c_n_ptr": None if grad_c_n is None else grad_c_n.contiguous(),
-        "w_ptr": w_hh.contiguous(),
+        "w_ptr": _pad_columns(w_hh, padded(hidden)),
         "c0_ptr": c0.contiguous(),
         "lengths_ptr": lengths,
         "gates_ptr": gates,

@@ -120,7 +120,7 @@ def device_of(x: Tensor) -> Device:
 def dot_precision(x: Tensor) -> str:
     """``input_precision`` of the kernels' products: fp32 follows torch's TF32 switch for cuDNN RNNs."""
     if x.dtype != torch.float32 or emulator.active() or torch.version.hip:
-        return "ieee" if x.dtype == torch.float32 else "tf32"
+        return "ieee"
     # "none" follows the switch above it; `allow_tf32 = False` leaves "none" everywhere.
     for switch in (torch.backends.cudnn.rnn, torch.backends.cudnn, torch.backends):
         precision = getattr(switch, "fp32_precision", "none")
@@ -181,6 +181,7 @@ class RecurrentPlan:
     shared_bytes: int
     save: bool
     cost: StepCost
+    max_registers: int | None = None
     spin_limit: int = SPIN_LIMIT
 
     @property
@@ -227,6 +228,7 @@ class RecurrentPlan:
             self.constants,
             self.num_warps,
             cooperative=self.protocol != "none",
+            max_registers=self.max_registers,
         )
 
     def describe(self) -> str:
@@ -291,22 +293,35 @@ def _candidates(problem: _Problem) -> Iterator[RecurrentPlan]:
             if block_h > 16 and block_h >= 2 * padded(hidden):
                 continue
             for tier in ("step",) if problem.one_step else ("persistent", "streaming", "step"):
-                yield from _feasible(problem, tier, block_h, block_b, 8, device.sms)
+                yield from _feasible(problem, tier, block_h, block_b, _num_warps(problem, block_h), device.sms)
+
+
+def _max_registers(device: Device) -> int | None:
+    """What ptxas is told. Told nothing it aims at two blocks a multiprocessor and spills for it; but for sm_90 it
+    spills only when told (CUDA 12.8 and 13, seen by compiling)."""
+    return 255 if device.arch.startswith("sm_") and device.arch != "sm_90" else None
+
+
+def _num_warps(problem: _Problem, block_h: int) -> int:
+    # A wgmma takes 64 rows with four warps; eight would compute the 64 rows of 16 units twice.
+    if problem.direction == "forward" and 4 * block_h == problem.device.matrix_rows:
+        return 4
+    return 8
 
 
 #: Registers a thread that a plan may ask for by the estimate below, of the 255 there are. The estimate misses
 #: addresses and temporaries; the rest was found by compiling every configuration (``tritlstm kernels``).
-REGISTER_BUDGET = {"forward": 154, "backward": 148}
+REGISTER_BUDGET = {("forward", 4): 150, ("forward", 8): 166, ("backward", 4): 148, ("backward", 8): 148}
 #: … and those of one received group of tiles.
 RECEIVED_REGISTERS = 64
 #: Bytes of weights in flight a warp before the time loop: 64 registers of 32 threads.
 PROLOGUE_BYTES = 64 * 32 * 4
 
 
-def _budget(problem: _Problem) -> int:
+def _budget(problem: _Problem, num_warps: int) -> int:
     if problem.device.arch == "emulated":
         return 1 << 20
-    return REGISTER_BUDGET[problem.direction]
+    return REGISTER_BUDGET[problem.direction, num_warps]
 
 
 def _scalar_products(problem: _Problem) -> bool:
@@ -319,11 +334,17 @@ def _registers(problem: _Problem, block_h: int, block_b: int, num_warps: int) ->
     cells = block_h * block_b / (num_warps * problem.device.warp_size)
     scalar = _scalar_products(problem)
     if problem.direction == "forward":
-        # Accumulator, prefetched pre-activations, c, h, four gates; descriptors of the weights' chunks.
-        # Products without a matrix unit keep operands instead.
-        return 40 + cells * (4 + problem.element + 2 + 4 + 24 * scalar), 6 if scalar else 8
-    # Partial sums, gates and cells, the new gradients; addresses of the chunks.
-    return 40 + 2 * problem.element + cells * (num_warps + 4 + 2 * problem.element), 6 if scalar else 3
+        # Accumulator, prefetched pre-activations, c, h, four gates; with eight warps, descriptors of the weights'
+        # chunks. Products without a matrix unit keep operands instead.
+        return 40 + cells * (4 + problem.element + 2 + 4 + 24 * scalar), 6 if scalar else 8 * (num_warps == 8)
+    # Partial sums, gates and cells, the new gradients.
+    return 40 + 2 * problem.element + cells * (num_warps + 5 + 2 * problem.element), 6 if scalar else 1
+
+
+def _fitting(spare: float, each: float) -> int:
+    if spare < 0:
+        return 0
+    return int(spare // each) if each else 1 << 20
 
 
 def _feasible(
@@ -347,7 +368,7 @@ def _feasible(
         registers = base + per_chunk * (block_h // 32)
         if not forward:  # the step's own gate gradients stay for the next product
             registers += block_h * block_b / (num_warps * device.warp_size) * element
-        if shared > device.shared_bytes or registers > _budget(problem):
+        if shared > device.shared_bytes or registers > _budget(problem, num_warps):
             return
     else:
         split = 1 if forward else num_warps
@@ -360,14 +381,14 @@ def _feasible(
         room = device.shared_bytes - scratch
         per_tile = tile_bytes / 4 / (num_warps * device.warp_size)
         base, per_chunk = _registers(problem, block_h, block_b, num_warps)
-        spare = _budget(problem) - base
-        if tier == "streaming":
-            # A streamed chunk passes through registers, and half as much again in addresses.
-            spare -= 1.5 * chunk_bytes / 4 / (num_warps * device.warp_size)
+        spare = _budget(problem, num_warps) - base
+        if tier != "persistent":
+            # A streamed chunk passes through registers.
+            spare -= (1.5 if num_warps == 4 else 0.5) * chunk_bytes / 4 / (num_warps * device.warp_size)
         resident = poll = 0
         for together in (16, 8, 4, 2, 1) if tier == "persistent" else (4, 2, 1):
             held = min(together, chunks)  # tiles received at a time
-            most = min((room - held * tile_bytes) // chunk_bytes, int((spare - held * per_tile) // per_chunk))
+            most = min((room - held * tile_bytes) // chunk_bytes, _fitting(spare - held * per_tile, per_chunk))
             if together >= 2 * chunks or held * per_tile > RECEIVED_REGISTERS:
                 continue
             if tier == "step" and most >= 1:
@@ -386,6 +407,7 @@ def _feasible(
     plan = RecurrentPlan(
         problem.direction, tier, "none", hidden, problem.dtype, problem.precision, block_h, block_b, block_k, split,
         chunks, resident, poll, num_warps, n_blocks, n_groups, n_tiles, shared, problem.save, cost=_NO_COST,
+        max_registers=_max_registers(device),
     )  # fmt: skip
     for protocol in ("none",) if tier in ("single", "step") else ("flag", "counter"):
         chosen = dataclasses.replace(plan, protocol=protocol)
@@ -405,9 +427,8 @@ def _cost(problem: _Problem, plan: RecurrentPlan) -> StepCost:
     depth = problem.depth
     weight_bytes = plan.block_h * 4 * problem.hidden * element
     share = plan.resident / plan.chunks
-    multiply_adds = (
-        plan.block_h * plan.block_b * 4 * _power_of_two(problem.hidden, 16 if plan.tier == "single" else 1)
-    )
+    contracted = _power_of_two(problem.hidden, 16) if plan.tier == "single" else problem.hidden
+    multiply_adds = plan.block_h * plan.block_b * 4 * contracted
     rate = device.fma_per_clock * (1.0 if element == 2 else 0.5)
     if problem.precision == "ieee" and element == 4:
         rate = 128 * 0.25  # CUDA cores, operands from shared memory
@@ -566,6 +587,7 @@ class GemmPlan:
     num_warps: int
     num_stages: int
     grid: int
+    max_registers: int | None = None
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -581,7 +603,15 @@ class GemmPlan:
         }
 
     def launch(self, arguments: dict[str, Any]) -> Launch:
-        return Launch("gate_gemm", (self.grid,), arguments, self.constants, self.num_warps, self.num_stages)
+        return Launch(
+            "gate_gemm",
+            (self.grid,),
+            arguments,
+            self.constants,
+            self.num_warps,
+            self.num_stages,
+            max_registers=self.max_registers,
+        )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -595,12 +625,15 @@ def gate_gemm(
     else:
         block_m, block_n, num_warps = 128, 128, 8
         scalar = precision == "ieee" and dtype == torch.float32
+        # Rows that do not begin at 16 bytes are loaded element by element, each with an address of its own.
+        ragged = features * dtype.itemsize % 16 != 0
         few = -(-rows // block_m) * -(-columns // block_n) < device.sms
-        if few or scalar or device.shared_bytes < 128 << 10:
+        if few or scalar or ragged or device.shared_bytes < 128 << 10:
             block_m, block_n, num_warps = 64, 64, 4
         if rows <= 16:
             block_m = 16
     block_k = min(64 if dtype.itemsize == 2 else 32, _power_of_two(features, 16))
     num_stages = 3 if device.shared_bytes >= 128 << 10 else 2
     tiles = -(-rows // block_m) * -(-columns // block_n)
-    return GemmPlan(features, hidden, precision, block_m, block_n, block_k, 8, num_warps, num_stages, tiles)
+    return GemmPlan(features, hidden, precision, block_m, block_n, block_k, 8, num_warps, num_stages, tiles,
+                    _max_registers(device))  # fmt: skip
