@@ -30,7 +30,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TextIO
 
 import torch
@@ -52,11 +52,13 @@ __all__ = [
     "signature",
 ]
 
-HIDDEN_SIZES = (16, 32, 64, 104, 128, 160, 192, 256, 320, 384, 448, 512, 576, 640, 704, 768, 832, 896, 960, 1000,
-                1024, 1152, 1280, 1504, 1536, 1792, 2048, 2560, 3072, 4096)  # fmt: skip
-#: Added to every hidden size for the uneven variant: no multiple of 8, so every mask is needed.
+#: Where the planner is asked; dense enough that a random size is planned like one of these (tests/test_inspect.py).
+HIDDEN_SIZES = (
+    16, *range(32, 257, 32), *range(320, 1025, 64), *range(1152, 2049, 128), *range(2304, 4097, 256)
+)  # fmt: skip
+BATCH_SIZES = (1, 16, 17, 32, 33, 48, 64, 65, 96, 128, 129, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
+#: Added to a hidden size for the uneven variant: no multiple of 8, so every mask is needed.
 UNEVEN = -3
-BATCH_SIZES = (1, 16, 17, 32, 64, 128, 256, 1024, 4096)
 
 
 def _sixteen_bit_precision() -> str:
@@ -120,41 +122,68 @@ def gemm_launch(chosen: GemmPlan, dtype: torch.dtype) -> Launch:
 
 
 def recurrent_key(chosen: RecurrentPlan) -> tuple:
-    """What tells the kernels of a dtype apart, except for the hidden size and what follows from it."""
-    return (
-        chosen.precision, chosen.direction, chosen.save, chosen.tier, chosen.protocol, chosen.block_h, chosen.block_b,
-        chosen.block_k, chosen.split, chosen.num_warps, chosen.poll,
-    )  # fmt: skip
+    """What tells the kernels of a direction and dtype apart, except for H and what follows from it."""
+    return (chosen.tier, chosen.protocol, chosen.block_h, chosen.block_b, chosen.block_k, chosen.split,
+            chosen.num_warps, chosen.poll)  # fmt: skip
 
 
 def configurations(device: Device, products: Any = PRODUCTS) -> list[Configuration]:
     """Every configuration the planner can choose on ``device``, once, at the largest H it is chosen for.
 
-    Training kernels come a second time at a hidden size that is no multiple of 8 and with ``lengths``, which need
-    the most registers.
+    The kernels of training come a second time at a hidden size that is no multiple of 8 and with ``lengths``, which
+    need the most registers; the forward kernel a second time for inference.
     """
-    found: dict[tuple, tuple[int, Configuration]] = {}
+    found: dict[tuple, Configuration] = {}
 
-    def keep(key: tuple, hidden: int, launch: Callable[..., Launch], chosen: Any, *more: Any) -> None:
-        if key not in found or found[key][0] < hidden:
-            found[key] = (hidden, Configuration(launch(chosen, *more), chosen, key[0], device))
+    def keep(launch: Launch, chosen: RecurrentPlan | GemmPlan, dtype: torch.dtype) -> None:
+        configuration = Configuration(launch, chosen, dtype, device)
+        key = configuration_key(configuration)
+        if key not in found or found[key].plan.hidden < chosen.hidden:
+            found[key] = configuration
 
     for dtype, precision in products:
         if device.arch.startswith("gfx") and precision == "tf32" and dtype == torch.float32:
             continue  # dot_precision never asks for it there
-        for even in HIDDEN_SIZES:
-            for hidden in (even, even + UNEVEN):
-                uneven = hidden != even
-                for batch in BATCH_SIZES:
-                    modes = (("forward", True), ("backward", True)) + (() if uneven else (("forward", False),))
-                    for direction, save in modes:
-                        for length in (1, 2):
-                            p = plan.recurrent(direction, length, batch, hidden, dtype, device, precision, save)
-                            keep((dtype, uneven, *recurrent_key(p)), hidden, recurrent_launch, p, uneven)
-                    g = plan.gate_gemm(batch * 64, hidden, hidden, dtype, device, precision)
-                    key = (dtype, uneven, precision, g.block_m, g.block_n, g.block_k, g.num_warps, g.num_stages)
-                    keep(key, hidden, gemm_launch, g, dtype)
-    return [configuration for _, configuration in found.values()]
+        for direction in ("forward", "backward"):
+            for length in (1, 2):
+                for sizes in _sizes_by_kernel(direction, length, dtype, precision, device):
+                    largest = plan.recurrent(direction, length, sizes[0][1], sizes[0][0], dtype, device, precision)
+                    keep(recurrent_launch(largest), largest, dtype)
+                    if direction == "forward":
+                        inference = dataclasses.replace(largest, save=False)
+                        keep(recurrent_launch(inference), inference, dtype)
+                    for hidden, batch in sizes:
+                        uneven = plan.recurrent(direction, length, batch, hidden + UNEVEN, dtype, device, precision)
+                        keep(recurrent_launch(uneven, lengths=True), uneven, dtype)
+                        if recurrent_key(uneven) == recurrent_key(largest):
+                            break
+        for hidden in HIDDEN_SIZES:
+            for rows in (1, 16, 17, 256, 4096, 1 << 20):
+                for h in (hidden, hidden + UNEVEN):
+                    g = plan.gate_gemm(rows, h, h, dtype, device, precision)
+                    keep(gemm_launch(g, dtype), g, dtype)
+    return list(found.values())
+
+
+def _sizes_by_kernel(
+    direction: str, length: int, dtype: torch.dtype, precision: str, device: Device
+) -> Iterable[list[tuple[int, int]]]:
+    """For each kernel that the planner chooses, where it does: (H, B), the largest H first."""
+    sizes: dict[tuple, list[tuple[int, int]]] = {}
+    for hidden in reversed(HIDDEN_SIZES):
+        for batch in BATCH_SIZES:
+            chosen = plan.recurrent(direction, length, batch, hidden, dtype, device, precision)
+            sizes.setdefault(recurrent_key(chosen), []).append((hidden, batch))
+    return sizes.values()
+
+
+def configuration_key(configuration: Configuration) -> tuple:
+    """What tells the kernels of a device apart, except for the hidden size: tiles, mode, and whether H needs masks."""
+    chosen = configuration.plan
+    common = (configuration.launch.kernel, configuration.dtype, chosen.precision, chosen.hidden % 8 != 0)
+    if isinstance(chosen, RecurrentPlan):
+        return (*common, chosen.save, *recurrent_key(chosen))
+    return (*common, chosen.block_m, chosen.block_n, chosen.block_k, chosen.num_warps, chosen.num_stages)
 
 
 def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list]]:
@@ -204,7 +233,7 @@ def compile_launch(launch: Launch, arch: str) -> Any:
         target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     types, constants, attributes = signature(launch)
     source = ASTSource(kernel_function(launch.kernel), types, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=target, options=launch.options(target.backend))
+    return triton.compile(source, target=target, options=launch.options)
 
 
 def read_code(compiled: Any, launch: Launch) -> tuple[machine_code.Code, machine_code.Resources]:

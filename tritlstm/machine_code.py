@@ -284,11 +284,15 @@ class _Sass(Code):
     ) -> None:
         super().__init__(instructions, labels, parameters)
         self._constants = {base + offset + half: bit for offset, bit in self._bits.items() for half in (0, 4)}
-        self._reconverges: dict[str, list[int]] = {}
-        for instruction in instructions:
+        # BSSY says where the threads of its barrier go on after their BSYNC; barriers are used again and again.
+        self._reconverge: dict[int, int] = {}
+        places: dict[str, int] = {}
+        for at, instruction in enumerate(instructions):
+            barrier = instruction.operands.split(",")[0]
             if instruction.mnemonic == "BSSY":
-                barrier = instruction.operands.split(",")[0]
-                self._reconverges.setdefault(barrier, []).append(self._label(instruction.operands))
+                places[barrier] = self._label(instruction.operands)
+            elif instruction.mnemonic == "BSYNC" and barrier in places:
+                self._reconverge[at] = places[barrier]
 
     def _calls(self) -> Iterable[tuple[int, int]]:
         for at, instruction in enumerate(self.instructions):
@@ -306,7 +310,7 @@ class _Sass(Code):
             target = self._label(instruction.operands)
             return (target,) if always else (at + 1, target)
         if name == "BSYNC":
-            return (at + 1, *self._reconverges.get(instruction.operands.split(",")[0], ()))
+            return tuple({at + 1, self._reconverge.get(at, at + 1)})
         if name in ("EXIT", "RET") and not instruction.guarded:
             return ()
         return (at + 1,)
