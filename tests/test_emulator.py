@@ -14,7 +14,7 @@ from tritlstm.kernels.launch import Launch
 
 T, B, D, H = 4, 3, 5, 40
 #: Turns that outlast the unequal start of the programs; a turn takes about 1 ms, or 50 us.
-PATIENCE = {"flag": 2000, "counter": 10_000}
+PATIENCE = {"flag": 800, "counter": 10_000}
 PERSISTENT = {"tier": "persistent", "block_h": 16, "sms": 4}  # H=40: three programs
 
 

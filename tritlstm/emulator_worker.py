@@ -27,7 +27,6 @@ DTYPES = {
     "int32": tl.int32,
     "int64": tl.int64,
 }
-STALL_S = 3600.0
 
 
 def bf16_to_float32(bits: np.ndarray) -> np.ndarray:
@@ -88,7 +87,7 @@ class Builder(interpreter.InterpreterBuilder):
         if self.fault is not None and self.stores >= self.fault["store"]:
             if self.fault["kind"] == "kill":
                 os._exit(77)
-            time.sleep(STALL_S)
+            os.kill(os.getpid(), signal.SIGSTOP)
         self.stores += 1
         if self.delays is not None and mask.data.size > 1:
             first = np.random.default_rng(self.random.getrandbits(32)).random(mask.data.shape) < 0.5
@@ -170,20 +169,19 @@ def child(request: dict[str, Any], program: tuple[int, ...], address: int, error
 def wait(children: dict[int, tuple], deadline: float, fault: Any) -> list[str]:
     """Waits for all children; after a failure or the deadline, kills the rest."""
     errors: list[str] = []
+    stalled: set[int] = set()
     while children:
-        try:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            break
+        pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED)
+        if pid and os.WIFSTOPPED(status):
+            stalled.add(pid)
+            continue
         if pid == 0:
-            waiting_for_stalled = fault is not None and all(
-                program == tuple(fault["program"]) for program, _ in children.values()
-            )
-            if waiting_for_stalled or time.monotonic() > deadline:
+            only_stalled = stalled.issuperset(children)
+            if only_stalled or time.monotonic() > deadline:
                 for other, (program, _) in children.items():
                     os.kill(other, signal.SIGKILL)
                     os.waitpid(other, 0)
-                    if not waiting_for_stalled:
+                    if other not in stalled:
                         errors.append(f"program {program} was still running at the time-out")
                 break
             time.sleep(0.0005)
