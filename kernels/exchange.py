@@ -36,13 +36,16 @@ def _as_bits(pointers):
 
 
 @triton.jit
-def publish(pointers, value, mask):
-    """Stores ``value`` (already of the buffer's dtype) so that no element looks like poison."""
+def publish(pointers, value, mask, AMD: tl.constexpr):
+    """Stores ``value`` (already of the buffer's dtype) so that no element looks like poison.
+
+    ``AMD`` writes past the L2 of one chiplet, which the others do not see; NVIDIA's L2 is the whole device's.
+    """
     bit_pointers = _as_bits(pointers)
     bits = value.to(bit_pointers.dtype.element_ty, bitcast=True)
     canonical_nan: tl.constexpr = 0x7FFF if value.dtype.primitive_bitwidth == 16 else 0x7FFFFFFF
     bits = tl.where(bits == POISON, canonical_nan, bits)
-    tl.store(bit_pointers, bits, mask=mask)
+    tl.store(bit_pointers, bits, mask=mask, cache_modifier=".wt" if AMD else "")
 
 
 @triton.jit
@@ -57,10 +60,12 @@ def announce(counter, alive, PROTOCOL: tl.constexpr):
 
 
 @triton.jit
-def _load(bit_pointers, masks, N: tl.constexpr):
+def _load(bit_pointers, masks, N: tl.constexpr, AMD: tl.constexpr):
     tiles = ()
     for j in tl.static_range(N):
-        tiles = tiles + (tl.load(bit_pointers[j], mask=masks[j], other=0, volatile=True),)
+        # `volatile` alone still reads AMD's caches.
+        bits = tl.load(bit_pointers[j], mask=masks[j], other=0, volatile=True, cache_modifier=".cv" if AMD else "")
+        tiles = tiles + (bits,)
     return tiles
 
 
@@ -89,7 +94,9 @@ def await_count(counter, expected, alive, spin_limit, PROTOCOL: tl.constexpr):
 
 
 @triton.jit
-def receive(pointers, masks, exempt, wanted, alive, spin_limit, N: tl.constexpr, PROTOCOL: tl.constexpr):
+def receive(
+    pointers, masks, exempt, wanted, alive, spin_limit, N: tl.constexpr, PROTOCOL: tl.constexpr, AMD: tl.constexpr
+):
     """Loads a tuple of ``N`` tiles of one shape; under ``FLAG``, until every element has arrived.
 
     Not waited for: elements outside their mask, which are zero; those where ``exempt`` (None, or
@@ -99,13 +106,13 @@ def receive(pointers, masks, exempt, wanted, alive, spin_limit, N: tl.constexpr,
     bit_pointers = ()
     for j in tl.static_range(N):
         bit_pointers = bit_pointers + (_as_bits(pointers[j]),)
-    bits = _load(bit_pointers, masks, N)
+    bits = _load(bit_pointers, masks, N, AMD)
     missing = alive * 0
     if PROTOCOL == FLAG:
         spins = alive * 0
         missing = _missing(bits, exempt, N) * wanted
         while (missing > 0) & (spins < spin_limit * alive):
-            bits = _load(bit_pointers, masks, N)
+            bits = _load(bit_pointers, masks, N, AMD)
             missing = _missing(bits, exempt, N) * wanted
             spins += 1
     tiles = ()

@@ -56,7 +56,7 @@ def _gradient_pointers(rows, column_begin, wanted, HX: tl.constexpr, BLOCK_K: tl
 def _multiply_resident(
     weights, rows, wanted, acc, alive, spin_limit,
     FIRST: tl.constexpr, COUNT: tl.constexpr, HX: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
-    PROTOCOL: tl.constexpr, PRECISION: tl.constexpr,
+    PROTOCOL: tl.constexpr, AMD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``acc`` plus the products of ``COUNT`` resident chunks, received together."""
     pointers = ()
@@ -65,7 +65,7 @@ def _multiply_resident(
         p, m = _gradient_pointers(rows, (FIRST + j) * SPLIT * BLOCK_K, wanted, HX, BLOCK_K, SPLIT)
         pointers = pointers + (p,)
         masks = masks + (m,)
-    tiles, missing = exchange.receive(pointers, masks, None, 1, alive, spin_limit, COUNT, PROTOCOL)
+    tiles, missing = exchange.receive(pointers, masks, None, 1, alive, spin_limit, COUNT, PROTOCOL, AMD)
     for j in tl.static_range(COUNT):
         acc = tl.dot(weights[FIRST + j], tiles[j], acc, input_precision=PRECISION)
     if PROTOCOL == exchange.COUNTER:
@@ -136,6 +136,7 @@ def recurrent_backward(
     PROLOGUE: tl.constexpr,  # K-chunks of w_hh loaded together, before the time loop
     POLL: tl.constexpr,
     PROTOCOL: tl.constexpr,
+    AMD: tl.constexpr,
     SINGLE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -232,13 +233,13 @@ def recurrent_backward(
                     acc, late = _multiply_resident(
                         weights, later_rows, wanted, acc, alive, spin_limit, first,
                         POLL if first + POLL <= RESIDENT else RESIDENT - first,
-                        HX, BLOCK_K, SPLIT, PROTOCOL, PRECISION,
+                        HX, BLOCK_K, SPLIT, PROTOCOL, AMD, PRECISION,
                     )  # fmt: skip
                     missing = missing | late
                 for chunk in range(RESIDENT, N_CHUNKS):
                     streamed = _weight_chunk(w_ptr, unit_begin, chunk * CHUNK, H, HX, BLOCK_H, BLOCK_K, SPLIT)
                     p, m = _gradient_pointers(later_rows, chunk * CHUNK, wanted, HX, BLOCK_K, SPLIT)
-                    tiles, late = exchange.receive((p,), (m,), None, 1, alive, spin_limit, 1, PROTOCOL)
+                    tiles, late = exchange.receive((p,), (m,), None, 1, alive, spin_limit, 1, PROTOCOL, AMD)
                     missing = missing | late
                     acc = tl.dot(streamed, tiles[0], acc, input_precision=PRECISION)
                 alive = exchange.report(status_ptr, missing, alive, block, group, step)
@@ -259,10 +260,10 @@ def recurrent_backward(
             dc = tl.where(active, dc_earlier + lost, dc)
 
             at = grad_gates_ptr + row[None, :] * (4 * HX)
-            exchange.publish(at + layout.column_of(unit, 0)[:, None], own_i, stored)
-            exchange.publish(at + layout.column_of(unit, 1)[:, None], own_f, stored)
-            exchange.publish(at + layout.column_of(unit, 2)[:, None], own_g, stored)
-            exchange.publish(at + layout.column_of(unit, 3)[:, None], own_o, stored)
+            exchange.publish(at + layout.column_of(unit, 0)[:, None], own_i, stored, AMD)
+            exchange.publish(at + layout.column_of(unit, 1)[:, None], own_f, stored, AMD)
+            exchange.publish(at + layout.column_of(unit, 2)[:, None], own_g, stored, AMD)
+            exchange.publish(at + layout.column_of(unit, 3)[:, None], own_o, stored, AMD)
             exchange.announce(counter, alive, PROTOCOL)
 
         tl.store(grad_c_ptr + state, dc, mask=inside)

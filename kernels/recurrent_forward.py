@@ -30,7 +30,7 @@ def _state_pointers(rows, k_begin, in_batch, HX: tl.constexpr, BLOCK_K: tl.const
 def _multiply_resident(
     weights, state_rows, in_batch, exempt, wanted, acc, alive, spin_limit,
     FIRST: tl.constexpr, COUNT: tl.constexpr, HX: tl.constexpr, BLOCK_K: tl.constexpr,
-    PROTOCOL: tl.constexpr, PRECISION: tl.constexpr,
+    PROTOCOL: tl.constexpr, AMD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``acc`` plus the products of ``COUNT`` resident chunks, received together."""
     pointers = ()
@@ -39,7 +39,7 @@ def _multiply_resident(
         p, m = _state_pointers(state_rows, (FIRST + j) * BLOCK_K, in_batch, HX, BLOCK_K)
         pointers = pointers + (p,)
         masks = masks + (m,)
-    tiles, missing = exchange.receive(pointers, masks, exempt, wanted, alive, spin_limit, COUNT, PROTOCOL)
+    tiles, missing = exchange.receive(pointers, masks, exempt, wanted, alive, spin_limit, COUNT, PROTOCOL, AMD)
     for j in tl.static_range(COUNT):
         acc = tl.dot(weights[FIRST + j], tiles[j], acc, input_precision=PRECISION)
     if PROTOCOL == exchange.COUNTER:
@@ -84,6 +84,7 @@ def recurrent_forward(
     PROLOGUE: tl.constexpr,  # K-chunks of w_hh loaded together, before the time loop
     POLL: tl.constexpr,  # K-chunks of h received together
     PROTOCOL: tl.constexpr,
+    AMD: tl.constexpr,
     SINGLE: tl.constexpr,  # one block holds all units: h never leaves it
     SAVE: tl.constexpr,
     SEPARATE_OUT: tl.constexpr,
@@ -163,13 +164,13 @@ def recurrent_forward(
                 for first in tl.static_range(0, RESIDENT, POLL):
                     acc, late = _multiply_resident(
                         weights, state_rows, in_batch, exempt, wanted, acc, alive, spin_limit, first,
-                        POLL if first + POLL <= RESIDENT else RESIDENT - first, HX, BLOCK_K, PROTOCOL, PRECISION,
+                        POLL if first + POLL <= RESIDENT else RESIDENT - first, HX, BLOCK_K, PROTOCOL, AMD, PRECISION,
                     )  # fmt: skip
                     missing = missing | late
                 for chunk in range(RESIDENT, N_CHUNKS):
                     streamed = _weight_chunk(w_ptr, unit_begin, chunk * BLOCK_K, H, HX, BLOCK_H, BLOCK_K)
                     p, m = _state_pointers(state_rows, chunk * BLOCK_K, in_batch, HX, BLOCK_K)
-                    tiles, late = exchange.receive((p,), (m,), exempt, wanted, alive, spin_limit, 1, PROTOCOL)
+                    tiles, late = exchange.receive((p,), (m,), exempt, wanted, alive, spin_limit, 1, PROTOCOL, AMD)
                     missing = missing | late
                     acc = tl.dot(streamed, tiles[0], acc, input_precision=PRECISION)
                 alive = exchange.report(status_ptr, missing, alive, block, group, step)
@@ -190,7 +191,7 @@ def recurrent_forward(
                 result = h_new.to(dtype)
 
             if not SINGLE:
-                exchange.publish(exchange_ptr + row[None, :] * HX + unit[:, None], result, stored)
+                exchange.publish(exchange_ptr + row[None, :] * HX + unit[:, None], result, stored, AMD)
                 exchange.announce(counter, alive, PROTOCOL)
             if SINGLE or SEPARATE_OUT:
                 tl.store(out_ptr + row[None, :] * H + unit[:, None], result, mask=inside)

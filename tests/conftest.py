@@ -95,6 +95,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
+def fp32_products_in_fp32() -> Iterator[None]:
+    """On CUDA the kernels follow torch's TF32 switch for cuDNN RNNs, which is on by default; budgets here are fp32's."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    before = torch.backends.cudnn.rnn.fp32_precision
+    torch.backends.cudnn.rnn.fp32_precision = "ieee"
+    yield
+    torch.backends.cudnn.rnn.fp32_precision = before
+
+
+@pytest.fixture(autouse=True)
 def nan_filled_empty() -> Iterator[None]:
     """``torch.empty`` holds NaN (integers: the largest value): reading what was never written shows."""
     torch.utils.deterministic.fill_uninitialized_memory = True

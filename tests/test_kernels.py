@@ -354,5 +354,4 @@ def test_cuda_ten_thousand_launches_and_the_same_bits():
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 def test_cuda_every_size_is_within_budget(hidden, dtype):
     problem = Problem.draw(6, 20, 40, hidden, dtype)
-    torch.backends.cudnn.rnn.fp32_precision = "ieee"
     assert_within_budget([(problem, problem.by_kernels(), problem.by_reference())])

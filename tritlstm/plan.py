@@ -182,6 +182,7 @@ class RecurrentPlan:
     save: bool
     cost: StepCost
     max_registers: int | None = None
+    amd: bool = False
     spin_limit: int = SPIN_LIMIT
 
     @property
@@ -210,6 +211,7 @@ class RecurrentPlan:
             "PROLOGUE": self.prologue,
             "POLL": self.poll,
             "PROTOCOL": PROTOCOLS[self.protocol],
+            "AMD": self.amd,
             "SINGLE": self.tier == "single",
             "PRECISION": self.precision,
         }
@@ -407,7 +409,7 @@ def _feasible(
     plan = RecurrentPlan(
         problem.direction, tier, "none", hidden, problem.dtype, problem.precision, block_h, block_b, block_k, split,
         chunks, resident, poll, num_warps, n_blocks, n_groups, n_tiles, shared, problem.save, cost=_NO_COST,
-        max_registers=_max_registers(device),
+        max_registers=_max_registers(device), amd=device.arch.startswith("gfx"),
     )  # fmt: skip
     for protocol in ("none",) if tier in ("single", "step") else ("flag", "counter"):
         chosen = dataclasses.replace(plan, protocol=protocol)
