@@ -40,7 +40,7 @@ class KernelChoice:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What :func:`explain` found. ``path`` is ``'kernels'``, ``'aten'`` or ``'torch'``; ``str()`` tells it all."""
+    """What :func:`explain` found. ``path`` is ``'kernels'``, ``'torch'`` (torch's own LSTM) or ``'aten'``; ``str()`` tells it all."""
 
     path: str
     reason: str
@@ -68,9 +68,9 @@ def explain(
     Args:
         module: a :class:`tritlstm.LSTM` or :class:`tritlstm.LSTMCell`.
         input: as the module takes it; only its shape, dtype and device are read.
-        hx: as the module takes it; not read.
-        training: whether gradients will be asked for; by default, whether autograd is on and a parameter
-        needs them.
+        hx: as the module takes it; only whether it needs a gradient is read.
+        training: whether gradients will be asked for; by default, whether autograd is on and a tensor
+            needs them.
 
     Returns:
         An :class:`Explanation`; ``print`` it.
@@ -88,13 +88,12 @@ def explain(
     data = input.data if isinstance(input, PackedSequence) else input
     length, batch = _sizes(module, input)
     if training is None:
-        training = torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
+        asked = (data, *(hx if isinstance(hx, tuple) else ()), *module.parameters())
+        training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in asked)
     sizes = {"T": length, "B": batch, "D": module.input_size, "H": module.hidden_size}
     dtype = data.dtype
     if torch.is_autocast_enabled(data.device.type):
         dtype = torch.get_autocast_dtype(data.device.type)
-    if batch == 0:
-        return Explanation("aten", "an empty batch needs no kernel", str(data.device), sizes)
     if not data.is_cuda and not emulator.active():
         notes = (
             "compiled training on the CPU runs the layer in PyTorch's own operators instead",
@@ -105,7 +104,9 @@ def explain(
     if dtype not in plan.DTYPES:
         names = ", ".join(str(kind).removeprefix("torch.") for kind in plan.DTYPES)
         reason = f"the kernels compute in {names}, not in {str(dtype).removeprefix('torch.')}"
-        return Explanation("aten", reason, str(data.device), sizes)
+        return Explanation("torch", reason, str(data.device), sizes)
+    if batch == 0:
+        return Explanation("aten", "an empty batch needs no kernel", str(data.device), sizes)
     return _kernels(module, data.to(dtype=dtype, device="meta"), plan.device_of(data), sizes, training,
                     plan.dot_precision(torch.empty(0, dtype=dtype)))  # fmt: skip
 

@@ -306,7 +306,8 @@ def _max_registers(device: Device) -> int | None:
 
 def _num_warps(problem: _Problem, block_h: int) -> int:
     # A wgmma takes 64 rows with four warps; eight would compute the 64 rows of 16 units twice.
-    if problem.direction == "forward" and 4 * block_h == problem.device.matrix_rows:
+    rows = problem.device.matrix_rows
+    if problem.direction == "forward" and 4 * block_h == rows and not _scalar_products(problem):
         return 4
     return 8
 
@@ -567,7 +568,7 @@ def _adjusted(plan: RecurrentPlan, changes: Mapping[str, Any]) -> RecurrentPlan:
     split = changes.get("split", plan.split) if plan.direction == "backward" else 1
     chunks = -(-depth // (plan.block_k * split))
     resident = chunks if plan.tier == "persistent" else min(changes.get("resident", plan.resident), chunks)
-    poll = max(1, min(changes.get("poll", plan.poll), max(resident, 1)))
+    poll = max(1, min(changes.get("poll", plan.poll), _power_of_two(max(resident, 1), 1)))
     return dataclasses.replace(
         plan, split=split, chunks=chunks, resident=resident, poll=poll,
         n_groups=min(plan.n_tiles, changes.get("n_groups", plan.n_groups)),
