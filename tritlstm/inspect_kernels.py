@@ -332,6 +332,7 @@ def _heading(configuration: Configuration, arch: str) -> dict[str, Any]:
         **launch.constants,
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
+        "max_registers": launch.max_registers,
         "cooperative": launch.cooperative,
     }
     if isinstance(chosen, RecurrentPlan):

@@ -590,7 +590,7 @@ def _pass_over(lines: list[str], derived: set[str]) -> tuple[tuple[int, int], se
             elif operation in ("scf.yield", "scf.condition"):
                 if used & derived and regions:
                     derived.update(regions[-1][1])
-            elif used & derived:
+            elif used & derived and operation != "tt.func":
                 if _POINTER_ARITHMETIC.match(operation):
                     derived.update(named)
                 elif loops:

@@ -1,0 +1,249 @@
+"""`tritlstm.explain`: what it says is what runs. No kernel is executed: launches are recorded and left out."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
+
+import tritlstm
+from tritlstm import aten, emulator, functional, plan
+from tritlstm.kernels.launch import Launch
+
+T, B, D, H = 6, 40, 24, 72
+
+
+@dataclasses.dataclass
+class Taken:
+    """What a call did: the launches it made, and the other engines it used."""
+
+    launches: list[Launch] = dataclasses.field(default_factory=list)
+    engines: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def path(self) -> str:
+        (path,) = {*self.engines, *(["kernels"] if self.launches else [])}
+        return path
+
+    def of(self, kernel: str) -> list[Launch]:
+        return [launch for launch in self.launches if launch.kernel == kernel]
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> Taken:
+    taken = Taken()
+
+    def record(engine: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def recorded(*args: Any, **more: Any) -> Any:
+            taken.engines.append(engine)
+            return original(*args, **more)
+
+        return recorded
+
+    monkeypatch.setattr(emulator, "run", taken.launches.append)
+    monkeypatch.setattr(functional._VF, "lstm", record("torch", functional._VF.lstm), raising=False)
+    monkeypatch.setattr(functional._VF, "lstm_cell", record("torch", functional._VF.lstm_cell), raising=False)
+    monkeypatch.setattr(aten, "forward", record("aten", aten.forward))
+    return taken
+
+
+def lstm(**options: Any) -> tritlstm.LSTM:
+    return tritlstm.LSTM(D, H, **options)
+
+
+def packed(lengths: list[int]) -> PackedSequence:
+    return pack_padded_sequence(torch.randn(max(lengths), len(lengths), D), lengths, enforce_sorted=False)
+
+
+Case = tuple[Callable[[], nn.Module], Callable[[], Any], str]
+CASES: dict[str, Case] = {
+    "batch": (lstm, lambda: torch.randn(T, B, D), "kernels"),
+    "bf16": (lambda: lstm(dtype=torch.bfloat16), lambda: torch.randn(T, B, D).bfloat16(), "kernels"),
+    "fp16": (lambda: lstm(dtype=torch.float16), lambda: torch.randn(T, B, D).half(), "kernels"),
+    "batch first": (lambda: lstm(batch_first=True), lambda: torch.randn(B, T, D), "kernels"),
+    "unbatched": (lstm, lambda: torch.randn(T, D), "kernels"),
+    "one step": (lstm, lambda: torch.randn(1, B, D), "kernels"),
+    "packed": (lstm, lambda: packed([2, 5, 3]), "kernels"),
+    "packed, not padded": (lstm, lambda: pack_sequence([torch.randn(4, D), torch.randn(2, D)]), "kernels"),
+    "projection": (lambda: lstm(proj_size=16), lambda: torch.randn(T, B, D), "kernels"),
+    "layers, both directions": (
+        lambda: lstm(num_layers=2, bidirectional=True), lambda: torch.randn(T, B, D), "kernels"
+    ),
+    "cell": (lambda: tritlstm.LSTMCell(D, H), lambda: torch.randn(B, D), "kernels"),
+    "cell, unbatched": (lambda: tritlstm.LSTMCell(D, H), lambda: torch.randn(D), "kernels"),
+    "empty batch": (lstm, lambda: torch.randn(T, 0, D), "aten"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "draw", "path"), CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_what_is_explained_is_what_is_launched(
+    make: Callable[[], nn.Module], draw: Callable[[], Any], path: str, training: bool, taken: Taken
+) -> None:
+    module, input = make(), draw()
+    with emulator.emulate(sms=12), torch.set_grad_enabled(training):
+        told = tritlstm.explain(module, input)
+        assert not taken.launches, "explain runs nothing"
+        results = module(input)
+        if training:
+            first = results[0].data if isinstance(results[0], PackedSequence) else results[0]
+            first.sum().backward()
+    assert told.path == path == taken.path
+    assert [choice.name for choice in told.kernels] == (
+        [] if path != "kernels" else ["forward", "backward"] if training else ["forward"]
+    )
+    passes = getattr(module, "num_layers", 1) * (1 + getattr(module, "bidirectional", False))
+    for choice in told.kernels:
+        launches = taken.of(f"recurrent_{choice.name}")
+        steps = told.sizes["T"] if choice.chosen.tier == "step" else 1
+        assert len(launches) == passes * steps
+        for launch in launches:
+            expected = choice.chosen.launch(launch.arguments)
+            assert launch.constants == expected.constants
+            assert launch.grid == expected.grid
+            assert launch.num_warps == expected.num_warps
+            assert launch.cooperative == expected.cooperative
+            assert launch.arguments["T"] == told.sizes["T"]
+            assert launch.arguments["B"] == told.sizes["B"]
+    assert not taken.of("recurrent_backward") or training
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [{"tier": "persistent", "protocol": "counter"}, {"tier": "step"}, {"tier": "streaming"}, {"block_h": 16}],
+    ids=str,
+)
+def test_what_was_forced_is_explained(overrides: dict[str, Any], taken: Taken) -> None:
+    module, x = tritlstm.LSTM(D, 200), torch.randn(T, B, D)
+    with emulator.emulate(sms=64, **overrides):
+        told = tritlstm.explain(module, x)
+        module(x)[0].sum().backward()
+    for choice in told.kernels:
+        assert {name: getattr(choice.chosen, name) for name in overrides} == overrides
+        assert taken.of(f"recurrent_{choice.name}")[0].constants == choice.chosen.constants
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_the_cpu_runs_torch(dtype: torch.dtype, taken: Taken) -> None:
+    module, x = lstm(dtype=dtype), torch.randn(T, B, D, dtype=dtype)
+    told = tritlstm.explain(module, x)
+    module(x)
+    assert told.path == taken.path == "torch"
+    assert str(told).splitlines()[:3] == [
+        "path: torch (tensors on cpu: torch's own LSTM is the fast one there)",
+        "device: cpu",
+        f"sizes: T={T}, B={B}, D={D}, H={H}",
+    ]
+    assert "emulator.emulate() runs the Triton kernels on a CPU, for tests" in str(told)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "LSTMCell"])
+def test_what_the_kernels_do_not_compute_runs_torch(kind: str, taken: Taken) -> None:
+    module = getattr(tritlstm, kind)(D, H, dtype=torch.float64)
+    x = torch.randn(*(T, B, D)[kind == "LSTMCell" :], dtype=torch.float64)
+    with emulator.emulate():
+        told = tritlstm.explain(module, x)
+        module(x)
+    assert taken.path == "torch"
+    assert told.path == taken.path
+    assert told.reason == "the kernels compute in float16, bfloat16, float32, not in float64"
+
+
+def test_an_empty_batch_on_the_cpu_runs_torch(taken: Taken) -> None:
+    module, x = lstm(), torch.randn(T, 0, D)
+    told = tritlstm.explain(module, x)
+    module(x)
+    assert told.path == taken.path == "torch"
+
+
+def test_autocast_decides_the_dtype(taken: Taken) -> None:
+    module, x = lstm(), torch.randn(T, B, D)
+    with emulator.emulate(sms=12), torch.autocast("cpu", torch.bfloat16):
+        told = tritlstm.explain(module, x)
+        module(x)
+    assert told.kernels[0].chosen.dtype == torch.bfloat16
+    (launch,) = taken.of("recurrent_forward")
+    assert launch.arguments["gates_ptr"].dtype == torch.bfloat16
+    assert launch.constants == told.kernels[0].chosen.constants
+
+
+def test_training_follows_the_parameters_and_can_be_asked_for(taken: Taken) -> None:
+    module, x = lstm().requires_grad_(False), torch.randn(T, B, D)
+    with emulator.emulate(sms=12):
+        names = [[k.name for k in tritlstm.explain(module, x, training=t).kernels] for t in (None, False, True)]
+        assert names == [["forward"], ["forward"], ["forward", "backward"]]
+        module(x)
+        (launch,) = taken.of("recurrent_forward")
+        assert launch.constants["SAVE"] is False
+        assert tritlstm.explain(module, x, training=True).kernels[0].chosen.constants["SAVE"] is True
+
+
+def test_a_gradient_of_the_input_is_training_too(taken: Taken) -> None:
+    module, x = lstm().requires_grad_(False), torch.randn(T, B, D, requires_grad=True)
+    with emulator.emulate(sms=12):
+        told = tritlstm.explain(module, x)
+        module(x)
+    (launch,) = taken.of("recurrent_forward")
+    assert launch.constants["SAVE"] is True
+    assert told.kernels[0].chosen.constants["SAVE"] is True
+
+
+def test_the_words() -> None:
+    module, x = lstm(num_layers=3, bidirectional=True, proj_size=8), torch.randn(T, B, D)
+    with emulator.emulate(sms=12, shared_bytes=100 << 10):
+        told = tritlstm.explain(module, x)
+    lines = str(told).splitlines()
+    assert lines[:4] == [
+        "path: kernels (Triton kernels)",
+        "device: emulator (emulated, 12 multiprocessors, 102400 bytes of shared memory)",
+        f"sizes: T={T}, B={B}, D={D}, H={H}",
+        "each of 3 layer(s) x 2 direction(s):",
+    ]
+    for choice in told.kernels:
+        at = lines.index(f"  {choice.name}: {choice.chosen.describe()}")
+        predicted = re.match(r" +predicted ([\d.]+) us a step \(of one tile: (.*)\); not a measurement$", lines[at + 1])
+        assert predicted
+        assert float(predicted[1]) == pytest.approx(choice.chosen.us_per_step, abs=0.005)
+        parts = dict(part.rsplit(" ", 1) for part in predicted[2].split(", "))
+        cost = {name: value for name, value in dataclasses.asdict(choice.chosen.cost).items() if value}
+        assert {name: float(value) for name, value in parts.items()} == pytest.approx(cost, abs=0.005)
+        # One line for every tier that was not taken: its prediction or its reason.
+        others = [tier for tier in plan.TIERS if tier != choice.chosen.tier]
+        for tier, line in zip(others, lines[at + 2 :], strict=False):
+            other = choice.tiers[tier]
+            words = other if isinstance(other, str) else f"predicted {other.us_per_step:.2f} us a step"
+            assert line == f"    not {tier}: {words}"
+    assert lines[-3:] == [
+        "note: layers and directions run one after another",
+        "note: projection is folded into w_hh, so the recurrence runs at the full width H",
+        "note: fp32 products in ieee, as torch.backends.cudnn.rnn.fp32_precision asks",
+    ]
+
+
+def test_one_layer_is_called_the_layer() -> None:
+    with emulator.emulate():
+        for module, x in ((lstm(), torch.randn(T, B, D)), (tritlstm.LSTMCell(D, H), torch.randn(B, D))):
+            assert "\nthe layer:\n" in str(tritlstm.explain(module, x))
+
+
+class Wrapped(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+@pytest.mark.parametrize("module", [nn.LSTM(3, 4), nn.LSTMCell(3, 4), Wrapped()], ids=lambda m: type(m).__name__)
+def test_other_modules_are_refused_with_the_remedy(module: nn.Module) -> None:
+    words = rf"explain takes a tritlstm.LSTM or tritlstm.LSTMCell, got {type(module).__name__}; tritlstm.swap\(model\)"
+    with pytest.raises(TypeError, match=words):
+        tritlstm.explain(module, torch.randn(2, 3))
+
+
+def test_a_swapped_model_is_explained() -> None:
+    model = tritlstm.swap(nn.Sequential(nn.LSTM(D, H)))
+    assert tritlstm.explain(model[0], torch.randn(T, B, D)).path == "torch"

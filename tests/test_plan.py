@@ -1,0 +1,271 @@
+"""The planner: its cost model against numbers computed by hand, what every plan promises, and overrides."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tritlstm import emulator, plan
+from tritlstm.kernels import exchange
+
+FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
+H100 = plan.DEVICES["sm_90"]
+
+
+# The cost model
+
+
+def test_cost_of_a_forward_step_under_the_flag_protocol() -> None:
+    """H=1024, B=64 in fp16 on an H100: 64 blocks of 16 units for each of 2 groups of 32 sequences.
+
+    Computed by hand from the rates in plan.DEVICES: 1.755 GHz, 2048 multiply-adds and 128 bytes of shared memory a
+    clock, 57 KB/µs from L2 to one multiprocessor and 5.5 MB/µs to all, 3.35 MB/µs of memory.
+    """
+    p = plan.recurrent("forward", 512, 64, 1024, FP16, H100, overrides={
+        "tier": "persistent", "protocol": "flag", "block_h": 16, "block_b": 32})  # fmt: skip
+    assert (p.n_blocks, p.n_groups, p.n_tiles, p.chunks, p.resident) == (64, 2, 2, 8, 8)
+    cost = p.cost
+    # A tile of h: 32 * 1024 * 2 = 65536 bytes, for 128 blocks 8388608 bytes, over 5.5e6 bytes/µs; latency 0.17.
+    assert cost.copy == pytest.approx(0.17 + 1.525201, abs=1e-6)
+    # 16 * 32 * 4 * 1024 = 2097152 multiply-adds over 2048 * 1755 a µs. (The weights, 131072 bytes over 128 * 1755
+    # bytes/µs, take as long.)
+    assert cost.weights == pytest.approx(0.583476, abs=1e-6)
+    assert cost.streamed == cost.launch == 0.0
+    # 512 cells, 4e-5 µs each, over the warps.
+    assert cost.cell == pytest.approx(0.15 + 0.02048 / p.num_warps, abs=1e-9)
+    # 2 groups * 65536 bytes of poison.
+    assert cost.prefill == pytest.approx(0.039126, abs=1e-6)
+    # The hand-off and a vote for each group of chunks received together.
+    assert cost.hand_off == pytest.approx(0.14 + 0.04 * -(-8 // p.poll), abs=1e-9)
+    assert p.us_per_step == pytest.approx(
+        0.14 + 0.04 * -(-8 // p.poll) + 1.695201 + 0.583476 + 0.15 + 0.02048 / p.num_warps + 0.039126, abs=1e-5
+    )
+
+
+def test_cost_of_a_backward_step_under_the_counter_protocol() -> None:
+    """H=512, B=16 in fp16 on an A100: 32 blocks of 16 units, one group. 1.41 GHz, 1024 multiply-adds a clock."""
+    p = plan.recurrent("backward", 512, 16, 512, FP16, plan.DEVICES["sm_80"], overrides={
+        "tier": "persistent", "protocol": "counter", "block_h": 16, "block_b": 16, "num_warps": 8})  # fmt: skip
+    assert (p.n_blocks, p.n_groups, p.n_tiles, p.chunks, p.resident) == (32, 1, 1, 8, 8)
+    cost = p.cost
+    assert cost.hand_off == 1.0
+    # Gate gradients: 16 * 4 * 512 * 2 = 65536 bytes over 57e3 bytes/µs (for all: 2097152 over 4e6, which is less).
+    assert cost.copy == pytest.approx(0.17 + 1.149754, abs=1e-6)
+    # 16 * 16 * 4 * 512 = 524288 multiply-adds over a quarter of 1024 * 1410 a µs.
+    assert cost.weights == pytest.approx(1.452482, abs=1e-6)
+    assert cost.cell == pytest.approx(0.15 + 0.00128, abs=1e-9)
+    assert cost.streamed == cost.prefill == cost.launch == 0.0
+    assert p.us_per_step == pytest.approx(3.923516, abs=1e-5)
+
+
+def test_every_part_of_the_cost_counts_once() -> None:
+    assert plan.StepCost(1, 2, 4, 8, 16, 32, 64).total == 127
+
+
+def test_the_fastest_predicted_plan_of_all_tiers_is_taken() -> None:
+    for batch, hidden in ((16, 768), (64, 1024), (1024, 64), (32, 2048), (1, 512)):
+        for direction in ("forward", "backward"):
+            best = plan.recurrent(direction, 100, batch, hidden, FP16, H100)
+            tiers = plan.tiers(direction, 100, batch, hidden, FP16, H100)
+            times = [t.us_per_step for t in tiers.values() if not isinstance(t, str)]
+            assert best.us_per_step == min(times)
+            assert tiers[best.tier] == best
+
+
+# What every plan promises
+
+
+def products(arch: str) -> list[tuple[torch.dtype, str]]:
+    """dtype and precision; bf16 plans as fp16 does (tested below), and AMD has no TF32."""
+    return [(FP16, "ieee"), (FP32, "ieee"), *([(FP32, "tf32")] if arch.startswith("sm_") else [])]
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[Any, ...]:
+    arch = draw(st.sampled_from(sorted(plan.DEVICES)))
+    dtype, precision = draw(st.sampled_from(products(arch)))
+    direction = draw(st.sampled_from(("forward", "backward")))
+    length = draw(st.sampled_from((1, 2, 300)))
+    hidden = draw(st.one_of(st.integers(1, 4096), st.integers(1, 300), st.integers(1, 64).map(lambda n: 64 * n)))
+    batch = draw(st.one_of(st.integers(1, 8192), st.integers(1, 140)))
+    return direction, length, batch, hidden, dtype, plan.DEVICES[arch], precision
+
+
+@settings(max_examples=600)
+@given(problems())
+def test_a_plan_exists_and_fits_the_device(problem: tuple[Any, ...]) -> None:
+    direction, length, batch, hidden, _, device, _ = problem
+    p = plan.recurrent(*problem)
+    assert p.shared_bytes <= device.shared_bytes
+    # The grid covers every unit and every sequence, and nothing twice.
+    covered = p.n_blocks * p.block_h
+    assert covered >= hidden
+    assert covered - p.block_h < plan.padded(hidden) or p.tier == "single"
+    assert (p.n_tiles - 1) * p.block_b < batch <= p.n_tiles * p.block_b
+    assert 1 <= p.n_groups <= p.n_tiles
+    # Blocks that wait for one another must all be resident.
+    if p.protocol != "none":
+        assert p.n_blocks * p.n_groups <= device.sms
+    assert (p.protocol == "none") is (p.tier in ("single", "step"))
+    assert p.launch({}).cooperative is (p.protocol != "none")
+    # K is covered by the chunks, and they are on chip as the tier says.
+    depth = plan.padded(hidden) * (4 if direction == "backward" else 1)
+    if p.tier == "single":
+        assert (p.n_blocks, p.chunks, p.resident) == (1, 1, 1)
+        assert p.block_h >= hidden
+    else:
+        assert (p.chunks - 1) * p.block_k * p.split < depth <= p.chunks * p.block_k * p.split
+        expected = {"persistent": [p.chunks], "streaming": range(1, p.chunks), "step": [0]}[p.tier]
+        assert p.resident in expected
+        assert p.tier == "persistent" or p.poll <= max(p.resident, 1)
+    assert 1 <= p.poll < 2 * max(p.chunks, 1)
+    assert p.poll & (p.poll - 1) == 0  # a power of two, so that few kernels serve all sizes
+    assert p.prologue >= 1
+    assert (length == 1) <= (p.tier == "step")
+    assert p.us_per_step > 0
+
+
+@settings(max_examples=300)
+@given(problems(), st.integers(1, 4096))
+def test_more_batch_never_makes_a_step_cheaper(problem: tuple[Any, ...], more: int) -> None:
+    larger = (*problem[:2], problem[2] + more, *problem[3:])
+    assert plan.recurrent(*larger).us_per_step >= plan.recurrent(*problem).us_per_step * (1 - 1e-12)
+
+
+@settings(max_examples=100)
+@given(problems(), st.integers(2, 1 << 40))
+def test_a_plan_knows_nothing_of_the_length_beyond_one_step(problem: tuple[Any, ...], length: int) -> None:
+    direction, _, *rest = problem
+    assert plan.recurrent(direction, length, *rest) == plan.recurrent(direction, 2, *rest)
+
+
+@settings(max_examples=100)
+@given(problems())
+def test_saving_and_the_kind_of_sixteen_bits_change_no_tile(problem: tuple[Any, ...]) -> None:
+    trained = plan.recurrent(*problem, True)
+    assert plan.recurrent(*problem, False) == dataclasses.replace(trained, save=False)
+    if trained.dtype == FP16:
+        *before, device, precision = problem
+        before[-1] = BF16
+        assert plan.recurrent(*before, device, precision) == dataclasses.replace(trained, dtype=BF16)
+
+
+def kernels_over_batches(direction: str, hidden: int, dtype: torch.dtype, device: plan.Device) -> Iterator[str]:
+    for batch in (*range(1, 300, 3), *range(300, 2048, 48), *range(2048, 8193, 256)):
+        p = plan.recurrent(direction, 2, batch, hidden, dtype, device)
+        yield f"{p.constants}, {p.num_warps} warps"
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_handful_of_kernels_serves_all_batch_sizes(arch: str, direction: str) -> None:
+    """Seen over all H tried, both directions and every architecture: at most 6, for B from 1 to 8192."""
+    for hidden in (64, 100, 512, 1024, 2048):
+        assert len(set(kernels_over_batches(direction, hidden, FP16, plan.DEVICES[arch]))) <= 6
+
+
+@settings(max_examples=200)
+@given(st.integers(1, 1 << 24), st.integers(1, 5000), st.integers(1, 4096), st.sampled_from(sorted(plan.DEVICES)))
+def test_the_gate_gemm_covers_its_output(rows: int, features: int, hidden: int, arch: str) -> None:
+    for dtype, precision in products(arch):
+        g = plan.gate_gemm(rows, features, hidden, dtype, plan.DEVICES[arch], precision)
+        assert g.grid == -(-rows // g.block_m) * -(-4 * plan.padded(hidden) // g.block_n)
+        assert g.launch({}).constants["D"] == features
+        for block in (g.block_m, g.block_n, g.block_k):
+            assert block >= 16
+            assert block & (block - 1) == 0
+        stages = (g.block_m + g.block_n) * g.block_k * dtype.itemsize * g.num_stages
+        assert stages <= plan.DEVICES[arch].shared_bytes
+
+
+# Overrides, and what can't be had
+
+SMALL = ("forward", 100, 64, 256, FP16, H100)
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"tier": "persistent"}, {"tier": "streaming"}, {"tier": "step"}, {"protocol": "counter"},
+        {"protocol": "flag"}, {"block_h": 32}, {"block_b": 32}, {"tier": "persistent", "block_h": 16, "poll": 1},
+        {"n_groups": 1, "protocol": "counter"}, {"block_k": 64, "tier": "persistent"}, {"spin_limit": 7},
+        {"tier": "streaming", "resident": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_overrides_are_honoured(direction: str, wanted: dict[str, Any]) -> None:
+    p = plan.recurrent(direction, *SMALL[1:], overrides=wanted)
+    assert {name: getattr(p, name) for name in wanted} == wanted
+    assert p.launch({}).arguments["spin_limit"] == wanted.get("spin_limit", plan.SPIN_LIMIT)
+    if p.tier == "persistent":
+        assert p.resident == p.chunks
+
+
+def test_overrides_of_the_small_device_of_the_emulator() -> None:
+    with emulator.emulate(sms=6, tier="persistent", protocol="counter", block_h=16, block_b=16) as emulation:
+        device = plan.device_of(torch.zeros(1))
+        assert (device.sms, device.arch) == (6, "emulated")
+        p = plan.recurrent("forward", 5, 40, 40, FP32, device, overrides=emulation.overrides)
+    assert (p.tier, p.protocol, p.n_blocks, p.n_groups, p.n_tiles) == ("persistent", "counter", 3, 2, 3)
+    assert p.constants["PROTOCOL"] == exchange.COUNTER.value
+
+
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [
+        ({"tier": "single"}, r"no forward kernel configuration for H=256, B=64, torch.float16 on H100.*'single'"),
+        ({"tier": "single", "protocol": "flag"}, r"132 multiprocessors, 232448 bytes.*'flag'"),
+        ({"block_h": 24}, r"with \{'block_h': 24\}"),
+    ],
+)
+def test_overrides_that_nothing_fits_are_refused(wanted: dict[str, Any], words: str) -> None:
+    with pytest.raises(plan.PlanError, match=words):
+        plan.recurrent(*SMALL, overrides=wanted)
+
+
+def test_a_device_with_too_few_multiprocessors_falls_back_to_step_by_step() -> None:
+    one = dataclasses.replace(H100, sms=1)
+    assert plan.recurrent("forward", 100, 16, 1024, FP16, one).tier == "step"
+    with pytest.raises(plan.PlanError, match=r"1 multiprocessors.*'persistent'"):
+        plan.recurrent("forward", 100, 16, 1024, FP16, one, overrides={"tier": "persistent"})
+
+
+@pytest.mark.parametrize(
+    ("length", "hidden", "tier", "words"),
+    [
+        (1, 256, "persistent", "a single time step needs no loop"),
+        (100, 256, "single", "a block would hold all of w_hh, 512 KiB, in at most 227 KiB of shared memory"),
+        (100, 4096, "persistent", "w_hh is 131072 KiB; 132 blocks with 227 KiB of shared memory each"),
+        (100, 64, "streaming", "w_hh fits on chip"),
+    ],
+)
+def test_reasons_against_a_tier(length: int, hidden: int, tier: str, words: str) -> None:
+    told = plan.tiers("forward", length, 32, hidden, BF16, H100)[tier]
+    assert isinstance(told, str)
+    assert told.startswith(words)
+
+
+# Precision
+
+
+def test_products_of_fp32_follow_the_switch_for_tf32() -> None:
+    x = torch.empty(0)
+    switch = torch.backends.cudnn.rnn
+    before = switch.fp32_precision
+    try:
+        switch.fp32_precision = "tf32"
+        assert plan.dot_precision(x) == "tf32"
+        assert plan.dot_precision(x.half()) == "ieee"
+        with emulator.emulate():
+            assert plan.dot_precision(x) == "ieee"
+        switch.fp32_precision = "ieee"
+        assert plan.dot_precision(x) == "ieee"
+    finally:
+        switch.fp32_precision = before
