@@ -236,12 +236,14 @@ def recurrent_backward(
                         HX, BLOCK_K, SPLIT, PROTOCOL, AMD, PRECISION,
                     )  # fmt: skip
                     missing = missing | late
-                for chunk in range(RESIDENT, N_CHUNKS):
+                for chunk in tl.range(RESIDENT, N_CHUNKS, disable_licm=True):
                     streamed = _weight_chunk(w_ptr, unit_begin, chunk * CHUNK, H, HX, BLOCK_H, BLOCK_K, SPLIT)
                     p, m = _gradient_pointers(later_rows, chunk * CHUNK, wanted, HX, BLOCK_K, SPLIT)
                     tiles, late = exchange.receive((p,), (m,), None, 1, alive, spin_limit, 1, PROTOCOL, AMD)
                     missing = missing | late
                     acc = tl.dot(streamed, tiles[0], acc, input_precision=PRECISION)
+                    # As above: the compiler would fetch many chunks ahead.
+                    tl.debug_barrier()
                 alive = exchange.report(status_ptr, missing, alive, block, group, step)
                 if SPLIT == 1:
                     dh += acc

@@ -167,12 +167,14 @@ def recurrent_forward(
                         POLL if first + POLL <= RESIDENT else RESIDENT - first, HX, BLOCK_K, PROTOCOL, AMD, PRECISION,
                     )  # fmt: skip
                     missing = missing | late
-                for chunk in range(RESIDENT, N_CHUNKS):
+                for chunk in tl.range(RESIDENT, N_CHUNKS, disable_licm=True):
                     streamed = _weight_chunk(w_ptr, unit_begin, chunk * BLOCK_K, H, HX, BLOCK_H, BLOCK_K)
                     p, m = _state_pointers(state_rows, chunk * BLOCK_K, in_batch, HX, BLOCK_K)
                     tiles, late = exchange.receive((p,), (m,), exempt, wanted, alive, spin_limit, 1, PROTOCOL, AMD)
                     missing = missing | late
                     acc = tl.dot(streamed, tiles[0], acc, input_precision=PRECISION)
+                    # As above: the compiler would fetch many chunks ahead.
+                    tl.debug_barrier()
                 alive = exchange.report(status_ptr, missing, alive, block, group, step)
 
             pre_i, pre_f, pre_g, pre_o = layout.split_gates(acc, BLOCK_H, BLOCK_B)
