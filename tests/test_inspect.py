@@ -68,6 +68,22 @@ def test_a_load_before_the_loop_and_one_inside() -> None:
     (load,) = code.reads("w_ptr")
     assert (load.width, load.coherent) == (16, False)
     assert code.counts()["LDG"] == 2
+    assert code.writes("w_ptr") == code.writes("x_ptr") == []
+
+
+def test_stores_are_told_from_loads_by_their_address_alone() -> None:
+    code = sass("""
+        LDC.64 R2, c[0x0][0x218]
+        LDC.64 R4, c[0x0][0x220]
+        LDG.E R8, desc[UR4][R2.64]
+        STG.E.U16 desc[UR4][R4.64+0x20], R2
+        EXIT
+    """)
+    assert reads(code) == [("LDG.E", False)]
+    assert reads(code, "x_ptr") == []
+    (store,) = code.writes("x_ptr")
+    assert (store.width, store.is_store) == (2, True)
+    assert code.writes("w_ptr") == []
 
 
 def test_an_address_is_followed_through_uniform_registers_and_the_stack() -> None:
@@ -225,6 +241,21 @@ def test_amd_loops_and_descriptors() -> None:
     assert (load.in_loop, load.width, load.coherent) == (True, 8, True)
 
 
+def test_amd_stores() -> None:
+    code = amdgcn("""
+        s_load_dwordx4 s[4:7], s[0:1], 0x8
+        v_mov_b32_e32 v2, s4
+        v_mov_b32_e32 v3, s5
+        global_store_short v[2:3], v9, off sc0 sc1
+        global_store_dword v7, v2, s[6:7]
+        s_endpgm
+    """)
+    (short,), (word,) = code.writes("w_ptr"), code.writes("x_ptr")
+    assert (short.width, short.coherent) == (2, True)
+    assert (word.width, word.coherent) == (4, False)
+    assert code.loads == []
+
+
 def test_amd_scalars_parked_in_lanes_are_followed_one_by_one() -> None:
     code = amdgcn("""
         s_load_dwordx4 s[4:7], s[0:1], 0x8
@@ -259,7 +290,7 @@ def test_amd_scalars_parked_in_lanes_are_followed_one_by_one() -> None:
     ],
 )
 def test_width_and_coherence_of_a_load(opcode: str, operands: str, width: int, coherent: bool) -> None:
-    load = machine_code.Load(machine_code.Instruction(opcode, operands), frozenset(), True)
+    load = machine_code.Access(machine_code.Instruction(opcode, operands), frozenset(), True)
     assert (load.width, load.coherent) == (width, coherent)
 
 

@@ -296,18 +296,30 @@ def inspect_launch(configuration: Configuration, arch: str) -> dict[str, Any]:
         row["exchange_read_bytes"] = sorted({load.width for load in exchanged})
         row["layout_conversions"] = machine_code.ttgir_count(ttgir, "ttg.convert_layout", depth=2)
         stale = [load for load in exchanged if not load.coherent]
-        if row["config"]["protocol"] != "none" and (stale or not exchanged):
-            found.append(
-                f"reads other blocks' results through a cache of its own: {_named(stale[0])}" if stale else
-                "no read of other blocks' results found"
-            )  # fmt: skip
+        if row["config"]["protocol"] != "none":
+            if not exchanged:
+                found.append("no read of other blocks' results found")
+            if stale:
+                found.append(f"reads other blocks' results through a cache of its own: {_named(stale[0])}")
+            found += _withheld(code, EXCHANGE[launch.kernel], arch)
     row["problems"] = problems(row, configuration) + found
     return row
 
 
-def _named(load: machine_code.Load) -> str:
+def _named(load: machine_code.Access) -> str:
     flags = re.findall(r"\b(sc0|sc1|nt|glc|slc)\b", load.instruction.operands)
     return " ".join([load.instruction.opcode, *flags])
+
+
+def _withheld(code: machine_code.Code, pointer: str, arch: str) -> list[str]:
+    """Results for other blocks that stay where those do not look: gfx942 has an L2 for each of its chiplets."""
+    writes = code.writes(pointer)
+    if not writes:
+        return ["no write of results for other blocks found"]
+    kept = [write for write in writes if not write.coherent]
+    if arch == "gfx942" and kept:
+        return [f"writes results for other blocks into the L2 of one chiplet: {_named(kept[0])}"]
+    return []
 
 
 def _resident(code: machine_code.Code, ttgir: str) -> tuple[bool, list[str]]:

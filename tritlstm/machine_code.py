@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-__all__ = ["Code", "Instruction", "Load", "Resources", "amdgcn", "amdgcn_resources", "sass", "ttgir_reads"]
+__all__ = ["Access", "Code", "Instruction", "Resources", "amdgcn", "amdgcn_resources", "sass", "ttgir_reads"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,18 +44,23 @@ class Instruction:
 
 
 @dataclasses.dataclass(frozen=True)
-class Load:
-    """A read of global memory: its instruction, the parameters its address is made of, and where it stands."""
+class Access:
+    """A read or write of global memory: its instruction, the parameters its address is made of, where it stands."""
 
     instruction: Instruction
     parameters: frozenset[str]
     in_loop: bool
 
     @property
+    def is_store(self) -> bool:
+        """Whether it only writes."""
+        return bool(re.match(r"STG?\b|\w+_store", self.instruction.opcode))
+
+    @property
     def width(self) -> int:
         """Bytes a thread."""
         opcode = self.instruction.opcode
-        amd = re.search(r"_load_(?:lds_)?(dword(?:x(\d+))?|[us]?short|[us]byte|b(\d+)|[ui](\d+))", opcode)
+        amd = re.search(r"_(?:load|store)_(?:lds_)?(dword(?:x(\d+))?|[us]?short|[us]byte|b(\d+)|[ui](\d+))", opcode)
         if amd:
             kind, words, *bits = amd.groups()
             if kind.startswith("dword"):
@@ -69,8 +74,8 @@ class Load:
 
     @property
     def coherent(self) -> bool:
-        """Whether it goes past the multiprocessor's own cache, to what other thread blocks have written."""
-        if "_load" in self.instruction.opcode:
+        """Whether it goes past the caches that the thread blocks of a launch do not share."""
+        if re.search("_(load|store)", self.instruction.opcode):
             # gfx942: sc0 and sc1 make the scope of the whole device; before, glc bypasses the first cache.
             return bool(re.search(r"\b(sc1|glc)\b", self.instruction.operands))
         return "STRONG" in self.instruction.opcode
@@ -78,7 +83,7 @@ class Load:
 
 @dataclasses.dataclass(frozen=True)
 class _Effect:
-    """Registers written, each from which registers and parameters, and the registers of a load's address."""
+    """Registers written, each from which registers and parameters, and the registers of an address in memory."""
 
     writes: tuple[tuple[str, tuple[str, ...], int], ...]
     address: tuple[str, ...] | None = None
@@ -139,8 +144,8 @@ class Code:
         return result
 
     @functools.cached_property
-    def loads(self) -> list[Load]:
-        """Every read of global memory. A parameter counts as part of an address if any path carries it there."""
+    def accesses(self) -> list[Access]:
+        """Every read and write of global memory; a parameter is part of an address if any path carries it there."""
         effects = [self._effect(instruction) for instruction in self.instructions]
         begins = self._blocks()
         block_of = {begin: n for n, begin in enumerate(begins)}
@@ -178,13 +183,22 @@ class Code:
                     for register in address:
                         bits |= state.get(register, 0)
                     names = frozenset(name for i, name in enumerate(self.names) if bits >> i & 1)
-                    found.append(Load(self.instructions[at], names, self.in_loop[at]))
+                    found.append(Access(self.instructions[at], names, self.in_loop[at]))
                 self._step(state, effects[at], self.instructions[at].guarded)
         return found
 
-    def reads(self, parameter: str) -> list[Load]:
+    @property
+    def loads(self) -> list[Access]:
+        """Every read of global memory."""
+        return [access for access in self.accesses if not access.is_store]
+
+    def reads(self, parameter: str) -> list[Access]:
         """The loads through a pointer parameter."""
         return [load for load in self.loads if parameter in load.parameters]
+
+    def writes(self, parameter: str) -> list[Access]:
+        """The stores through a pointer parameter."""
+        return [access for access in self.accesses if access.is_store and parameter in access.parameters]
 
     def _blocks(self) -> list[int]:
         begins = {0, *self.labels.values()}
@@ -275,6 +289,7 @@ _SASS_PREDICATE = re.compile(r"^!?U?P(\d+|T|R)$")
 #: Reads of global memory that put it into registers, and those that put it into shared memory.
 _SASS_READS = ("LDG", "LD", "ATOM", "ATOMG")
 _SASS_COPIES = ("LDGSTS", "UBLKCP", "UTMALDG")
+_SASS_STORES = ("STG", "ST")
 _SASS_WRITE_NOTHING = ("BAR", "BRA", "BRX", "JMP", "JMX", "CALL", "RET", "EXIT", "BSSY", "BSYNC", "FCHK")
 
 
@@ -319,7 +334,7 @@ class _Sass(Code):
         operands = _split(instruction.operands)
         name = instruction.mnemonic
         address = None
-        if name in _SASS_READS or name in _SASS_COPIES:
+        if name in _SASS_READS + _SASS_COPIES + _SASS_STORES:
             text = re.sub(r"desc\[[^]]*\]", "", instruction.operands)
             brackets = " ".join(re.findall(r"\[[^]]*\]", text))
             address = tuple(_SASS_REGISTER.findall(brackets))
@@ -461,7 +476,8 @@ _AMD_REGISTER = re.compile(r"\b([asv])(?:\[(\d+):(\d+)\]|(\d+)\b)")
 _AMD_WRITE_NOTHING = re.compile(
     r"s_(cmp|bitcmp|cbranch|branch|waitcnt|barrier|nop|endpgm|setprio|sleep|setreg)|ds_write|buffer_(wb|inv)|\w+_store"
 )
-_AMD_READ = re.compile(r"(global|flat|buffer|scratch)_load|s_(buffer_)?load")
+_AMD_READ = re.compile(r"(global|flat|buffer)_load|s_(buffer_)?load")
+_AMD_STORE = re.compile(r"(global|flat|buffer)_store")
 #: An operation on instructions, not on numbers: needs a way to follow it that this reader has not.
 _AMD_INDIRECT = ("s_setpc_b64", "s_swappc_b64")
 
@@ -503,6 +519,10 @@ class _Amdgcn(Code):
             rest = operands if to_shared else operands[1:]
             writes = () if to_shared else tuple((r, (), 0) for r in _amd_registers(operands[0]))
             return _Effect(writes, _amd_registers(" ".join(rest)))
+        if _AMD_STORE.match(name):
+            # A buffer store names its data first; of the others, an address of two registers or an offset.
+            address = operands[1:] if name.startswith("buffer") else [operands[0], *operands[2:]]
+            return _Effect((), _amd_registers(" ".join(address)))
         if _AMD_WRITE_NOTHING.match(name) or not operands:
             return _Effect(())
         sources = _amd_registers(" ".join(operands[1:]))
