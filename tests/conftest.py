@@ -96,7 +96,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def fp32_products_in_fp32() -> Iterator[None]:
-    """On CUDA the kernels follow torch's TF32 switch for cuDNN RNNs, which is on by default; budgets here are fp32's."""
+    """On CUDA the kernels follow torch's TF32 switch for cuDNN RNNs, on by default; budgets here are fp32's."""
     if not torch.cuda.is_available():
         yield
         return

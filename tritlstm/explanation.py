@@ -40,7 +40,10 @@ class KernelChoice:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What :func:`explain` found. ``path`` is ``'kernels'``, ``'torch'`` (torch's own LSTM) or ``'aten'``; ``str()`` tells it all."""
+    """What :func:`explain` found; ``str()`` tells it all.
+
+    ``path`` is ``'kernels'``, ``'torch'`` (torch's own LSTM) or ``'aten'`` (the layer in plain operators).
+    """
 
     path: str
     reason: str
