@@ -1,15 +1,15 @@
 """How the thread blocks of one launch hand each other a step's result: both protocols, behind one interface.
 
-A step's producer calls :func:`publish` for each of its tiles and then :func:`announce`; a consumer calls
-:func:`receive`, which returns the tiles once they are complete. ``PROTOCOL`` (a constexpr) says how it knows:
+A step's producer calls :func:`publish` for its results and then :func:`announce`; a consumer calls :func:`receive`,
+which returns the tiles once they are complete. ``PROTOCOL`` (a constexpr) says how it knows:
 
 ``NONE``     they were written before this launch; nothing to wait for.
 ``COUNTER``  blocks count themselves in with a release; the consumer spins on the count with an acquire.
-``FLAG``     the buffer was filled with :data:`POISON` bits before the launch, which no ``publish`` ever stores;
-             the consumer re-reads the data until none is left. Each element is its own flag.
+``FLAG``     the buffer was filled with :data:`POISON` before the launch, a 32-bit word that ``publish`` never
+             stores; the consumer re-reads the words until none is left. Each word is its own flag.
 
-Every spin is bounded by ``spin_limit`` turns. A consumer that runs out reports in ``status`` and returns
-``alive = 0``: it and, through NaN, its successors then stop waiting. Memory-ordering argument: README.md.
+Every spin is bounded by ``spin_limit`` turns. A consumer that runs out reports in ``status``; NaN then takes the
+place of what is missing, and nobody waits as long again. Memory-ordering argument: README.md.
 """
 
 import triton
@@ -18,34 +18,151 @@ import triton.language as tl
 NONE = tl.constexpr(0)
 COUNTER = tl.constexpr(1)
 FLAG = tl.constexpr(2)
-#: All bits set: a NaN that arithmetic does not produce and that ``publish`` replaces by ``0x7f…f``.
+#: All bits set: one NaN, or two, that arithmetic does not produce.
 POISON = tl.constexpr(-1)
 #: int32 words between two counters, so that no two groups spin on one cache line.
 COUNTER_STRIDE = tl.constexpr(32)
 #: Words of the status record: code, block, group, step.
 STATUS_WORDS = tl.constexpr(4)
 TIMED_OUT = tl.constexpr(1)
+#: Turns of a spin between two looks at whether another thread has given up: a power of two.
+PATIENCE = tl.constexpr(64)
 
 
-@triton.jit
-def _as_bits(pointers):
-    if pointers.dtype.element_ty.primitive_bitwidth == 16:
-        return pointers.to(tl.pointer_type(tl.int16), bitcast=True)
-    else:
-        return pointers.to(tl.pointer_type(tl.int32), bitcast=True)
+@triton.constexpr_function
+def store_program(words):
+    """PTX of one thread's part of ``publish``: operands are a result of no meaning, pointer, predicate, the words."""
+    values = [f"value{n}" for n in range(words)]
+    lines = [".reg .pred stored, poison;", f".reg .b32 {', '.join(values)};", "setp.ne.s32 stored, $2, 0;"]
+    for n, value in enumerate(values):
+        lines += [f"setp.eq.s32 poison, ${3 + n}, -1;", f"selp.b32 {value}, 0x7FFF7FFF, ${3 + n}, poison;"]
+    vector = f".v{words}" if words > 1 else ""
+    lines += [f"@stored st.relaxed.gpu.global{vector}.b32 [$1], {{{', '.join(values)}}};", "mov.b32 $0, 0;"]
+    return "{\n" + "\n".join(lines) + "\n}"
 
 
-@triton.jit
-def publish(pointers, value, mask, AMD: tl.constexpr):
-    """Stores ``value`` (already of the buffer's dtype) so that no element looks like poison.
+@triton.constexpr_function
+def poll_program(count, pack, stride, ragged):
+    """PTX of one thread's part of ``receive``: reads its ``pack`` runs of 16 bytes of ``count`` tiles until all came.
 
-    ``AMD`` writes past the L2 of one chiplet, which the others do not see; NVIDIA's L2 is the whole device's.
+    Operands, in runs of 4 words: the words of all tiles as they are at last, then as they were first read; pointers
+    to those of the first tile, the others lie ``stride`` bytes apart; then, one a word too, whether to wait, whether
+    the last tile's run exists (``ragged`` only); and pointers to the mark of a time-out and to the status record,
+    the step, and the limit.
     """
-    bit_pointers = _as_bits(pointers)
-    bits = value.to(bit_pointers.dtype.element_ty, bitcast=True)
-    canonical_nan: tl.constexpr = 0x7FFF if value.dtype.primitive_bitwidth == 16 else 0x7FFFFFFF
-    bits = tl.where(bits == POISON, canonical_nan, bits)
-    tl.store(bit_pointers, bits, mask=mask, cache_modifier=".wt" if AMD else "")
+    size = 4 * pack
+
+    def word(tile, n, run):
+        return f"${tile * size + run * 4 + n}"
+
+    def given(which, run=0):
+        return f"${(count + which) * size + run * 4}"
+
+    pointer, wanted, last = (lambda run, which=which: given(count + which, run) for which in range(3))
+    mark, status, step, limit = (given(count + which) for which in range(3, 7))
+    lines = [".reg .pred again, more, late, lasts, wait;", ".reg .b32 turns, one, other, value;"]
+    # The compiler's layout must give a thread the four words of a run, in order; as it is the same for all runs, the
+    # pointers of one tell.
+    lines.append(f"cvt.u32.u64 one, {pointer(0)};")
+    for n in (1, 3):
+        lines += [f"cvt.u32.u64 other, ${2 * count * size + n};", "sub.u32 value, other, one;"]
+        lines += [f"setp.ne.s32 more, value, {4 * n};", "@more trap;"]
+    lines += [f"mov.b32 ${n}, ${count * size + n};" for n in range(count * size)]
+    lines += ["mov.b32 turns, 0;", "check:"]
+    for run in range(pack):
+        # Two chains, so that the maxima overlap.
+        lines += [f"max.u32 one, {word(0, 0, run)}, {word(0, 1, run)};"]
+        lines += [f"max.u32 other, {word(0, 2, run)}, {word(0, 3, run)};"]
+        for tile in range(1, count):
+            for chain, n in (("one", 0), ("other", 2), ("one", 1), ("other", 3)):
+                lines.append(f"max.u32 {chain}, {chain}, {word(tile, n, run)};")
+        lines += [
+            "max.u32 one, one, other;",
+            f"setp.ne.s32 wait, {wanted(run)}, 0;",
+            f"setp.eq.and.s32 {'late' if run else 'again'}, one, -1, wait;",
+        ]
+        if run:
+            lines.append("or.pred again, again, late;")
+    lines += [
+        "@!again bra done;",
+        "add.u32 turns, turns, 1;",
+        f"and.b32 value, turns, {PATIENCE.value - 1};",
+        "setp.ne.s32 more, value, 0;",
+        "@more bra poll;",
+        f"ld.relaxed.gpu.global.b32 value, [{mark}];",
+        "setp.ne.s32 more, value, 0;",
+        "@more bra done;",
+        f"setp.lt.u32 more, turns, {limit};",
+        "@more bra poll;",
+        "mov.b32 value, 1;",
+        f"st.relaxed.gpu.global.b32 [{mark}], value;",
+        "mov.b32 value, %ctaid.x;",
+        f"st.relaxed.sys.global.b32 [{status}+4], value;",
+        "mov.b32 value, %ctaid.y;",
+        f"st.relaxed.sys.global.b32 [{status}+8], value;",
+        f"st.relaxed.sys.global.b32 [{status}+12], {step};",
+        f"mov.b32 value, {TIMED_OUT.value};",
+        f"st.relaxed.sys.global.b32 [{status}], value;",
+        "bra done;",
+        "poll:",
+    ]
+    for tile in range(count):
+        for run in range(pack):
+            guard = ""
+            if ragged and tile == count - 1:
+                lines.append(f"setp.ne.s32 lasts, {last(run)}, 0;")
+                guard = "@lasts "
+            to = ", ".join(word(tile, n, run) for n in range(4))
+            lines.append(f"{guard}ld.relaxed.gpu.global.v4.b32 {{{to}}}, [{pointer(run)}+{tile * stride}];")
+    lines += ["bra check;", "done:"]
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+@triton.constexpr_function
+def store_constraints(words):
+    return "=r,l,r" + ",r" * words
+
+
+@triton.constexpr_function
+def poll_constraints(count, pack):
+    kinds = ["=&r"] * count + ["r"] * count + ["l", "r", "r", "l", "l", "r", "r"]
+    return ",".join(kind for kind in kinds for _ in range(4 * pack))
+
+
+@triton.constexpr_function
+def int32s(count):
+    return (tl.int32,) * count
+
+
+@triton.constexpr_function
+def runs_a_thread(words, warps):
+    """Of a tile's runs of 16 bytes, those of one thread."""
+    return max(1, words // (4 * 32 * warps))
+
+
+@triton.jit
+def pack_words(low, high):
+    """Two tiles of a 16-bit dtype to one of 32-bit words."""
+    return (high.to(tl.int16, bitcast=True).to(tl.int32) << 16) | (low.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF)
+
+
+@triton.jit
+def publish(pointers, words, mask, AMD: tl.constexpr):
+    """Stores a tuple of 1, 2 or 4 tiles of 32-bit words, side by side from ``pointers`` on, so that none is poison.
+
+    The stores are strong, since a consumer's reads race with them. ``AMD`` writes past the L2 of one chiplet, which
+    the others do not see; NVIDIA's L2 is the whole device's.
+    """
+    COUNT: tl.constexpr = len(words)
+    if AMD:
+        for n in tl.static_range(COUNT):
+            word = tl.where(words[n] == POISON, 0x7FFF7FFF, words[n])
+            tl.store(pointers + n, word, mask=mask, cache_modifier=".wt")
+    else:
+        tl.inline_asm_elementwise(
+            store_program(COUNT), store_constraints(COUNT), (pointers, mask.to(tl.int32)) + words,
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -60,73 +177,106 @@ def announce(counter, alive, PROTOCOL: tl.constexpr):
 
 
 @triton.jit
-def _load(bit_pointers, masks, N: tl.constexpr, AMD: tl.constexpr):
-    tiles = ()
-    for j in tl.static_range(N):
-        # `volatile` alone still reads AMD's caches.
-        bits = tl.load(bit_pointers[j], mask=masks[j], other=0, volatile=True, cache_modifier=".cv" if AMD else "")
-        tiles = tiles + (bits,)
-    return tiles
+def _report(status, step):
+    tl.store(status + 1, tl.program_id(0))
+    tl.store(status + 2, tl.program_id(1))
+    tl.store(status + 3, step)
+    tl.store(status, TIMED_OUT)
 
 
 @triton.jit
-def _missing(tiles, exempt, N: tl.constexpr):
-    poisoned = tiles[0] == POISON
-    for j in tl.static_range(1, N):
-        poisoned = poisoned | (tiles[j] == POISON)
-    if exempt is not None:
-        poisoned = poisoned & (exempt == 0)
-    return tl.max(poisoned.to(tl.int32))
-
-
-@triton.jit
-def await_count(counter, expected, alive, spin_limit, PROTOCOL: tl.constexpr):
-    """Waits (``COUNTER`` only) until ``expected`` announcements were made; returns whether it must give up (0/1)."""
-    missing = alive * 0
+def await_count(counter, expected, alive, status, step, spin_limit, PROTOCOL: tl.constexpr):
+    """Waits (``COUNTER`` only) for ``expected`` announcements; returns ``alive``, or 0 if it had to give up."""
     if PROTOCOL == COUNTER:
         seen = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
         spins = alive * 0
         while (seen < expected) & (spins < spin_limit * alive):
             seen = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
             spins += 1
-        missing = (seen < expected).to(tl.int32)
-    return missing
+        if (seen < expected) & (alive > 0):
+            _report(status, step)
+        alive = tl.where(seen < expected, 0, alive)
+    return alive
+
+
+@triton.jit
+def _load_words(pointers, inside, SPAN: tl.constexpr, COUNT: tl.constexpr, AMD: tl.constexpr):
+    words = ()
+    for j in tl.static_range(COUNT):
+        # `volatile` alone still reads AMD's caches.
+        if inside is not None and j == COUNT - 1:
+            w = tl.load(
+                pointers + j * SPAN, mask=inside, other=0, volatile=True, cache_modifier=".cv" if AMD else ""
+            )
+        else:
+            w = tl.load(pointers + j * SPAN, volatile=True, cache_modifier=".cv" if AMD else "")
+        words = words + (w,)
+    return words
+
+
+@triton.jit
+def _any_poison(words, wanted, COUNT: tl.constexpr):
+    poisoned = words[0] == POISON
+    for j in tl.static_range(1, COUNT):
+        poisoned = poisoned | (words[j] == POISON)
+    return tl.max((poisoned & wanted).to(tl.int32))
+
+
+@triton.jit
+def _as_values(words, dtype: tl.constexpr):
+    """Words ``[..., 4]``, four a read, to values ``[..., 4]`` or ``[..., 8]``."""
+    if dtype.primitive_bitwidth == 16:
+        halves = tl.join(words.to(tl.int16), (words >> 16).to(tl.int16))
+        words = tl.reshape(halves, words.shape[:-1] + [8])
+    return words.to(dtype, bitcast=True)
 
 
 @triton.jit
 def receive(
-    pointers, masks, exempt, wanted, alive, spin_limit, N: tl.constexpr, PROTOCOL: tl.constexpr, AMD: tl.constexpr
-):
-    """Loads a tuple of ``N`` tiles of one shape; under ``FLAG``, until every element has arrived.
+    reads, wanted, inside, mark, status, step, spin_limit, dtype: tl.constexpr,
+    SPAN: tl.constexpr, COUNT: tl.constexpr, PROTOCOL: tl.constexpr, AMD: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
+    """A tuple of ``COUNT`` tiles ``[..., R * n]``; under ``FLAG``, once every wanted word has arrived.
 
-    Not waited for: elements outside their mask, which are zero; those where ``exempt`` (None, or
-    broadcastable to a tile) is true; and none at all if ``wanted`` is 0. Returns ``(tiles, missing)``.
+    ``reads`` [..., R] points to the first tile's runs of 16 bytes (``n`` values) as int32; a tile lies ``SPAN`` words
+    after the one before. Where ``wanted`` (of a shape that broadcasts) is false nothing is waited for; ``inside``,
+    None or likewise, says which reads of the last tile exist: the others are zero.
     """
-    dtype = pointers[0].dtype.element_ty
-    bit_pointers = ()
-    for j in tl.static_range(N):
-        bit_pointers = bit_pointers + (_as_bits(pointers[j]),)
-    bits = _load(bit_pointers, masks, N, AMD)
-    missing = alive * 0
-    if PROTOCOL == FLAG:
-        spins = alive * 0
-        missing = _missing(bits, exempt, N) * wanted
-        while (missing > 0) & (spins < spin_limit * alive):
-            bits = _load(bit_pointers, masks, N, AMD)
-            missing = _missing(bits, exempt, N) * wanted
+    pointers = tl.expand_dims(reads, -1) + tl.arange(0, 4)
+    wanted = tl.broadcast_to(tl.expand_dims(wanted, -1), pointers.shape)
+    if inside is not None:
+        inside = tl.broadcast_to(tl.expand_dims(inside, -1), pointers.shape)
+    words = _load_words(pointers, inside, SPAN, COUNT, AMD)
+    if PROTOCOL == FLAG and not AMD:
+        # Each thread waits for its own words: no vote, and no barrier but the one that the product needs.
+        pack: tl.constexpr = runs_a_thread(pointers.numel, WARPS)
+        last = 1
+        if inside is not None:
+            last = inside.to(tl.int32)
+        words = tl.inline_asm_elementwise(
+            poll_program(COUNT, pack, 4 * SPAN, inside is not None), poll_constraints(COUNT, pack),
+            words + (pointers, wanted.to(tl.int32), last, mark, status, step, spin_limit),
+            dtype=int32s(COUNT), is_pure=False, pack=4 * pack,
+        )  # fmt: skip
+    elif PROTOCOL == FLAG:
+        missing = _any_poison(words, wanted, COUNT)
+        spins = missing * 0
+        gave_up = tl.load(mark, volatile=True)
+        while (missing > 0) & (spins < spin_limit) & (gave_up == 0):
+            words = _load_words(pointers, inside, SPAN, COUNT, AMD)
+            missing = _any_poison(words, wanted, COUNT)
+            gave_up = tl.load(mark, volatile=True)
             spins += 1
+        if (missing > 0) & (gave_up == 0):
+            tl.store(mark, 1)
+            _report(status, step)
     tiles = ()
-    for j in tl.static_range(N):
-        tiles = tiles + (bits[j].to(dtype, bitcast=True),)
-    return tiles, missing
+    for j in tl.static_range(COUNT):
+        tiles = tiles + (_rows(_as_values(words[j], dtype)),)
+    return tiles
 
 
 @triton.jit
-def report(status, missing, alive, block, group, step):
-    """Records the first time-out of this program and returns its new ``alive``."""
-    if (missing > 0) & (alive > 0):
-        tl.store(status + 1, block)
-        tl.store(status + 2, group)
-        tl.store(status + 3, step)
-        tl.store(status, TIMED_OUT)
-    return tl.where(missing > 0, 0, alive)
+def _rows(values):
+    """``[..., R, n]`` to ``[..., R * n]``."""
+    return tl.reshape(values, values.shape[:-2] + [values.shape[-2] * values.shape[-1]])

@@ -1,9 +1,7 @@
-"""The fused gate GEMM: the input products of all time steps with both biases, in the packed gate order."""
+"""The fused gate GEMM: the input products of all time steps with both biases, the four gates of a unit side by side."""
 
 import triton
 import triton.language as tl
-
-from . import layout
 
 
 @triton.jit(do_not_specialize=["rows", "B", "x_stride_t", "x_stride_b"])
@@ -12,7 +10,7 @@ def gate_gemm(
     w_ptr,  # [4H, D]
     b_ih_ptr,  # [4H] or None
     b_hh_ptr,  # [4H] or None
-    gates_ptr,  # [rows, 4 HX] packed, out
+    gates_ptr,  # [rows, HX, 4], out
     rows,
     B,
     x_stride_t,
@@ -41,8 +39,8 @@ def gate_gemm(
     in_rows = m < rows
     x_row = (m // B) * x_stride_t + (m % B) * x_stride_b
     column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    unit = layout.unit_of(column)
-    w_row = layout.gate_of(column) * H + unit
+    unit = column // 4
+    w_row = column % 4 * H + unit
     known = unit < H
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k_begin in range(0, D, BLOCK_K):

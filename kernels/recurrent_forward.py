@@ -8,55 +8,45 @@ from . import cell, exchange, layout
 
 @triton.jit
 def _weight_chunk(
-    w_ptr, unit_begin, k_begin, H: tl.constexpr, HX: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr
+    w_ptr, unit_begin, k, H: tl.constexpr, HX: tl.constexpr, BLOCK_H: tl.constexpr
 ):
-    """Rows of ``w_hh`` of this block's units in packed order: ``[4 * BLOCK_H, BLOCK_K]``, zero outside."""
-    column = tl.arange(0, 4 * BLOCK_H)
-    unit = unit_begin + layout.unit_of(column)
-    row = (layout.gate_of(column) * H + unit).to(tl.int64)
-    k = k_begin + tl.arange(0, BLOCK_K)
+    """Rows of ``w_hh`` of a block's units in the product's order, columns ``k``: ``[4 * BLOCK_H, K]``, zero outside."""
+    row = tl.arange(0, 4 * BLOCK_H)
+    unit = unit_begin + layout.unit_of_product(row)
+    w_row = (layout.gate_of_product(row) * H + unit).to(tl.int64)
     inside = (unit[:, None] < H) & (k[None, :] < HX)
-    return tl.load(w_ptr + row[:, None] * HX + k[None, :], mask=inside, other=0.0)
+    return tl.load(w_ptr + w_row[:, None] * HX + k[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
-def _state_pointers(rows, k_begin, in_batch, HX: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Pointers and mask of ``[BLOCK_K, BLOCK_B]`` elements of h, from the pointers of its rows."""
-    k = k_begin + tl.arange(0, BLOCK_K)
-    return rows[None, :] + k[:, None], (k[:, None] < HX) & in_batch[None, :]
-
-
-@triton.jit
-def _multiply_resident(
-    weights, state_rows, in_batch, exempt, wanted, acc, alive, spin_limit,
-    FIRST: tl.constexpr, COUNT: tl.constexpr, HX: tl.constexpr, BLOCK_K: tl.constexpr,
-    PROTOCOL: tl.constexpr, AMD: tl.constexpr, PRECISION: tl.constexpr,
+def _multiply(
+    weights, state_words, k_begin, waiting, mark, status, step, spin_limit, acc, dtype: tl.constexpr,
+    FIRST: tl.constexpr, COUNT: tl.constexpr, RAGGED: tl.constexpr, HX: tl.constexpr, BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr, PROTOCOL: tl.constexpr, AMD: tl.constexpr, WARPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``acc`` plus the products of ``COUNT`` resident chunks, received together."""
-    pointers = ()
-    masks = ()
-    for j in tl.static_range(COUNT):
-        p, m = _state_pointers(state_rows, (FIRST + j) * BLOCK_K, in_batch, HX, BLOCK_K)
-        pointers = pointers + (p,)
-        masks = masks + (m,)
-    tiles, missing = exchange.receive(pointers, masks, exempt, wanted, alive, spin_limit, COUNT, PROTOCOL, AMD)
-    for j in tl.static_range(COUNT):
-        acc = tl.dot(weights[FIRST + j], tiles[j], acc, input_precision=PRECISION)
-    if PROTOCOL == exchange.COUNTER:
-        # Nothing else keeps the compiler from loading the next groups' tiles now, and running out of
-        # registers.
-        tl.debug_barrier()
-    return acc, missing
+    """``acc`` plus the products of the chunks ``weights[FIRST : FIRST + COUNT]`` with h from column ``k_begin`` on.
 
-
-@triton.jit
-def _initial(ptr, b, unit, inside, H: tl.constexpr):
-    return tl.load(ptr + b.to(tl.int64)[None, :] * H + unit[:, None], mask=inside, other=0.0).to(tl.float32)
+    ``RAGGED``: the last of these chunks of h may reach beyond HX.
+    """
+    WORD: tl.constexpr = 32 // dtype.primitive_bitwidth  # values in one
+    run = tl.arange(0, BLOCK_K // (4 * WORD)) * 4
+    reads = state_words[:, None] + (k_begin // WORD + run)[None, :]
+    k = k_begin + run * WORD
+    inside = None
+    if RAGGED:
+        inside = tl.broadcast_to((k[None, :] + (COUNT - 1) * BLOCK_K < HX), reads.shape)
+    wanted = tl.broadcast_to(waiting[:, None], reads.shape)
+    tiles = exchange.receive(
+        reads, wanted, inside, mark, status, step, spin_limit, dtype, BLOCK_K // WORD, COUNT, PROTOCOL, AMD, WARPS
+    )
+    for j in tl.static_range(COUNT):
+        acc = tl.dot(weights[FIRST + j], tl.trans(tiles[j]), acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit(do_not_specialize=["T", "B", "step_begin", "step_end", "reverse", "n_tiles", "spin_limit"])
 def recurrent_forward(
-    gates_ptr,  # [T, B, 4 HX] packed; in: input products with bias; out, if SAVE: activated gates
+    gates_ptr,  # [T, B, HX, 4]; in: input products with bias; out, if SAVE: activated gates
     w_ptr,  # [4H, HX], zero columns beyond H
     h0_ptr,  # [B, HX]
     c0_ptr,  # [B, H]
@@ -66,7 +56,7 @@ def recurrent_forward(
     cells_ptr,  # [T, B, HX] fp32, written if SAVE
     h_n_ptr,  # [B, H]
     c_n_ptr,  # [B, H]
-    counter_ptr,  # [n_tiles, COUNTER_STRIDE] int32, zero (COUNTER only)
+    counter_ptr,  # [n_tiles, COUNTER_STRIDE] int32, zero: COUNTER's counts; the first word is FLAG's mark
     status_ptr,  # [STATUS_WORDS] int32
     T,
     B,
@@ -88,102 +78,119 @@ def recurrent_forward(
     SINGLE: tl.constexpr,  # one block holds all units: h never leaves it
     SAVE: tl.constexpr,
     SEPARATE_OUT: tl.constexpr,
+    WARPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    N_CHUNKS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
-    dtype = exchange_ptr.dtype.element_ty
+    N_CHUNKS: tl.constexpr = (HX + BLOCK_K - 1) // BLOCK_K
+    dtype: tl.constexpr = exchange_ptr.dtype.element_ty
+    WORD: tl.constexpr = 32 // dtype.primitive_bitwidth
+    EXACT: tl.constexpr = WORD == 1
     block = tl.program_id(0)
     group = tl.program_id(1)
     n_blocks = tl.num_programs(0)
     unit_begin = block * BLOCK_H
     unit = unit_begin + tl.arange(0, BLOCK_H)
-    column = 4 * unit_begin + tl.arange(0, 4 * BLOCK_H)
+    unit_of_cell = layout.unit_of_cells(unit_begin, BLOCK_H)
+    pair_of_cell = layout.unit_of_cells(unit_begin // 2, BLOCK_H // 2)
+    gate = tl.arange(0, 4)[None, None, None, :]
+    exchange_words = exchange_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+    h0_words = h0_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
 
     weights = ()
-    for j in tl.static_range(RESIDENT):
-        weights = weights + (_weight_chunk(w_ptr, unit_begin, j * BLOCK_K, H, HX, BLOCK_H, BLOCK_K),)
-        if (j + 1) % PROLOGUE == 0:
-            # Else the compiler issues the loads of all chunks at once and runs out of registers.
-            tl.debug_barrier()
+    if SINGLE:
+        weights = (_weight_chunk(w_ptr, unit_begin, unit, H, HX, BLOCK_H),)
+    else:
+        for j in tl.static_range(RESIDENT):
+            k = j * BLOCK_K + tl.arange(0, BLOCK_K)
+            weights = weights + (_weight_chunk(w_ptr, unit_begin, k, H, HX, BLOCK_H),)
+            if (j + 1) % PROLOGUE == 0:
+                # Else the compiler issues the loads of all chunks at once and runs out of registers.
+                tl.debug_barrier()
 
     alive = tl.full((), 1, tl.int32)
     for tile in range(group, n_tiles, tl.num_programs(1)):
-        b = tile * BLOCK_B + tl.arange(0, BLOCK_B)
-        in_batch = b < B
+        # What lies beyond the batch repeats its last row and is not stored: reads need no mask.
+        b = tl.minimum(tile * BLOCK_B + tl.arange(0, BLOCK_B), B - 1)
+        b_of_cell = layout.batch_of_cells(tile * BLOCK_B, BLOCK_B)
+        in_batch = b_of_cell < B
+        inside = (unit_of_cell < H) & in_batch
+        stored = (unit_of_cell < HX) & in_batch
+        stored_pairs = (pair_of_cell < HX // 2) & in_batch
+        in_gates = tl.expand_dims(stored, 3) & (gate < 4)
         if lengths_ptr is not None:
-            length = tl.load(lengths_ptr + b, mask=in_batch, other=0)
-        inside = (unit[:, None] < H) & in_batch[None, :]
-        stored = (unit[:, None] < HX) & in_batch[None, :]
-        columns_stored = (column[:, None] < 4 * HX) & in_batch[None, :]
+            length = tl.load(lengths_ptr + b)
+            length_of_cell = tl.load(lengths_ptr + b_of_cell, mask=in_batch, other=0)
         counter = counter_ptr + tile * exchange.COUNTER_STRIDE
 
-        h0_rows = h0_ptr + b.to(tl.int64) * HX
+        h0_rows = h0_words + b.to(tl.int64) * (HX // WORD)
+        state = b_of_cell.to(tl.int64) * H + unit_of_cell
         if step_begin == 0:
-            h = _initial(h0_ptr, b, unit, inside, HX)
-            c = _initial(c0_ptr, b, unit, inside, H)
+            h = tl.load(h0_ptr + b_of_cell.to(tl.int64) * HX + unit_of_cell, mask=inside, other=0.0).to(tl.float32)
+            c = tl.load(c0_ptr + state, mask=inside, other=0.0).to(tl.float32)
         else:
-            h = _initial(h_n_ptr, b, unit, inside, H)
-            c = _initial(c_n_ptr, b, unit, inside, H)
+            h = tl.load(h_n_ptr + state, mask=inside, other=0.0).to(tl.float32)
+            c = tl.load(c_n_ptr + state, mask=inside, other=0.0).to(tl.float32)
 
         # t = t_begin + direction * step
         direction = 1 - 2 * reverse
         t_begin = reverse * (T - 1)
-        t = t_begin + direction * step_begin
-        row = t.to(tl.int64) * B + b
-        gates_pointers = gates_ptr + row[None, :] * (4 * HX) + column[:, None]
-        upcoming = tl.load(gates_pointers, mask=columns_stored, other=0.0)
+        first_row = (t_begin + direction * step_begin).to(tl.int64) * B + b_of_cell
+        at = gates_ptr + tl.expand_dims(first_row * (4 * HX) + unit_of_cell * 4, 3) + gate
+        upcoming = tl.load(at, mask=in_gates, other=0.0)
         for step in tl.range(step_begin, step_end, disable_licm=True):
             t = t_begin + direction * step
             t_previous = t - direction
-            t_next = t + direction
-            row = t.to(tl.int64) * B + b
-
-            acc = upcoming.to(tl.float32)  # [4 BLOCK_H, BLOCK_B]
-            # A step ahead, so that its latency hides behind the exchange.
-            next_row = t_next.to(tl.int64) * B + b
-            upcoming = tl.load(
-                gates_ptr + next_row[None, :] * (4 * HX) + column[:, None],
-                mask=columns_stored & (step + 1 < step_end),
-                other=0.0,
-            )
-
-            missing = alive * 0
+            row = t.to(tl.int64) * B + b_of_cell
+            acc = tl.zeros((4 * BLOCK_H, BLOCK_B), tl.float32)
             if SINGLE:
-                acc = tl.dot(weights[0], h.to(dtype), acc, input_precision=PRECISION)
+                acc = tl.dot(weights[0], layout.matrix(h.to(dtype), BLOCK_H, BLOCK_B), acc, input_precision=PRECISION)
             else:
-                missing = exchange.await_count(counter, n_blocks * step, alive, spin_limit, PROTOCOL)
-                previous_rows = exchange_ptr + (t_previous.to(tl.int64) * B + b) * HX
+                alive = exchange.await_count(counter, n_blocks * step, alive, status_ptr, step, spin_limit, PROTOCOL)
+                previous_rows = exchange_words + (t_previous.to(tl.int64) * B + b) * (HX // WORD)
                 # h0 is nobody's to deliver, and may hold any NaN.
-                wanted = tl.minimum(step, 1)
-                fresh = tl.full((BLOCK_B,), 0, tl.int1) | (step == 0)
-                exempt = None
+                fresh = tl.zeros((BLOCK_B,), tl.int1) | (step == 0)
                 if lengths_ptr is not None:
                     fresh = fresh | (t_previous >= length)
-                    exempt = fresh[None, :]
-                state_rows = tl.where(fresh, h0_rows, previous_rows)
+                state_words = tl.multiple_of(tl.where(fresh, h0_rows, previous_rows), 16)
+                waiting = fresh == 0
                 for first in tl.static_range(0, RESIDENT, POLL):
-                    acc, late = _multiply_resident(
-                        weights, state_rows, in_batch, exempt, wanted, acc, alive, spin_limit, first,
-                        POLL if first + POLL <= RESIDENT else RESIDENT - first, HX, BLOCK_K, PROTOCOL, AMD, PRECISION,
+                    acc = _multiply(
+                        weights, state_words, first * BLOCK_K, waiting, counter_ptr, status_ptr, step, spin_limit, acc,
+                        dtype, first, POLL if first + POLL <= RESIDENT else RESIDENT - first,
+                        first + POLL >= RESIDENT and RESIDENT * BLOCK_K > HX,
+                        HX, BLOCK_B, BLOCK_K, PROTOCOL, AMD, WARPS, PRECISION,
                     )  # fmt: skip
-                    missing = missing | late
+                    if PROTOCOL == exchange.COUNTER:
+                        # Nothing else keeps the compiler from loading the next groups' tiles now, and running out of
+                        # registers.
+                        tl.debug_barrier()
                 for chunk in tl.range(RESIDENT, N_CHUNKS, disable_licm=True):
-                    streamed = _weight_chunk(w_ptr, unit_begin, chunk * BLOCK_K, H, HX, BLOCK_H, BLOCK_K)
-                    p, m = _state_pointers(state_rows, chunk * BLOCK_K, in_batch, HX, BLOCK_K)
-                    tiles, late = exchange.receive((p,), (m,), exempt, wanted, alive, spin_limit, 1, PROTOCOL, AMD)
-                    missing = missing | late
-                    acc = tl.dot(streamed, tiles[0], acc, input_precision=PRECISION)
+                    k = chunk * BLOCK_K + tl.arange(0, BLOCK_K)
+                    streamed = (_weight_chunk(w_ptr, unit_begin, k, H, HX, BLOCK_H),)
+                    acc = _multiply(
+                        streamed, state_words, chunk * BLOCK_K, waiting, counter_ptr, status_ptr, step, spin_limit, acc,
+                        dtype, 0, 1, N_CHUNKS * BLOCK_K > HX, HX, BLOCK_B, BLOCK_K, PROTOCOL, AMD, WARPS, PRECISION,
+                    )  # fmt: skip
                     # As above: the compiler would fetch many chunks ahead.
                     tl.debug_barrier()
-                alive = exchange.report(status_ptr, missing, alive, block, group, step)
 
-            pre_i, pre_f, pre_g, pre_o = layout.split_gates(acc, BLOCK_H, BLOCK_B)
-            i, f, g, o, c_new, h_new = cell.forward(pre_i, pre_f, pre_g, pre_o, c)
-            c_new = tl.where(alive > 0, c_new, float("nan"))
-            h_new = tl.where(alive > 0, h_new, float("nan"))
-            h_new = tl.where(unit[:, None] < H, h_new, 0.0)
+            p_i, p_f, p_g, p_o = layout.split_gates(tl.reshape(upcoming, (BLOCK_B // 8, BLOCK_H, 8, 2, 2)))
+            # A step ahead, so that its latency hides behind the exchange.
+            next_row = (t + direction).to(tl.int64) * B + b_of_cell
+            at = gates_ptr + tl.expand_dims(next_row * (4 * HX) + unit_of_cell * 4, 3) + gate
+            upcoming = tl.load(at, mask=in_gates & (step + 1 < step_end), other=0.0)
+            r_i, r_f, r_g, r_o = layout.cells_of_product(acc, BLOCK_H, BLOCK_B)
+            i, f, g, o, c_new, h_new = cell.forward(
+                r_i + p_i.to(tl.float32), r_f + p_f.to(tl.float32), r_g + p_g.to(tl.float32), r_o + p_o.to(tl.float32),
+                c, EXACT, AMD,
+            )  # fmt: skip
+            if PROTOCOL == exchange.COUNTER:
+                c_new = tl.where(alive > 0, c_new, float("nan"))
+                h_new = tl.where(alive > 0, h_new, float("nan"))
+            if H != HX:
+                h_new = tl.where(unit_of_cell < H, h_new, 0.0)
             if lengths_ptr is not None:
-                active = (t < length)[None, :]
+                active = t < length_of_cell
                 c = tl.where(active, c_new, c)
                 h = tl.where(active, h_new, h)
                 result = tl.where(active, h_new, 0.0).to(dtype)
@@ -193,18 +200,20 @@ def recurrent_forward(
                 result = h_new.to(dtype)
 
             if not SINGLE:
-                exchange.publish(exchange_ptr + row[None, :] * HX + unit[:, None], result, stored, AMD)
+                words_at = exchange_words + row * (HX // WORD)
+                if WORD == 2:
+                    low, high = layout.pairs(result, BLOCK_H, BLOCK_B)
+                    exchange.publish(words_at + pair_of_cell, (exchange.pack_words(low, high),), stored_pairs, AMD)
+                else:
+                    exchange.publish(words_at + unit_of_cell, (result.to(tl.int32, bitcast=True),), stored, AMD)
                 exchange.announce(counter, alive, PROTOCOL)
             if SINGLE or SEPARATE_OUT:
-                tl.store(out_ptr + row[None, :] * H + unit[:, None], result, mask=inside)
+                tl.store(out_ptr + row * H + unit_of_cell, result, mask=inside)
             if SAVE:
-                at = gates_ptr + row[None, :] * (4 * HX)
-                tl.store(at + layout.column_of(unit, 0)[:, None], i.to(dtype), mask=stored)
-                tl.store(at + layout.column_of(unit, 1)[:, None], f.to(dtype), mask=stored)
-                tl.store(at + layout.column_of(unit, 2)[:, None], g.to(dtype), mask=stored)
-                tl.store(at + layout.column_of(unit, 3)[:, None], o.to(dtype), mask=stored)
-                tl.store(cells_ptr + row[None, :] * HX + unit[:, None], c, mask=stored)
+                at = gates_ptr + tl.expand_dims(row * (4 * HX) + unit_of_cell * 4, 3) + gate
+                activated = layout.join_gates(i.to(dtype), f.to(dtype), g.to(dtype), o.to(dtype))
+                tl.store(at, activated, mask=in_gates)
+                tl.store(cells_ptr + row * HX + unit_of_cell, c, mask=stored)
 
-        final = b.to(tl.int64)[None, :] * H + unit[:, None]
-        tl.store(h_n_ptr + final, h, mask=inside)
-        tl.store(c_n_ptr + final, c, mask=inside)
+        tl.store(h_n_ptr + state, h, mask=inside)
+        tl.store(c_n_ptr + state, c, mask=inside)

@@ -61,13 +61,14 @@ def test_a_seed_and_delays_change_the_schedule_but_not_the_bits():
         assert torch.equal(forward(seed=seed, delays=emulator.Delays(0.1, 0.003)), calm)
 
 
+@pytest.mark.parametrize("amd", [False, True], ids=["ptx", "portable"])
 @pytest.mark.parametrize("protocol", ["flag", "counter"])
 @pytest.mark.parametrize("kind", ["kill", "stall"])
-def test_a_program_that_stops_is_reported_by_the_others_bounded_spins(kind, protocol):
+def test_a_program_that_stops_is_reported_by_the_others_bounded_spins(kind, protocol, amd):
     begin = time.monotonic()
     fault = emulator.Fault((1, 0), store=1, kind=kind)
     with pytest.raises(status.ExchangeTimeout, match=r"gave up waiting at step 2 \(block [02] of group 0\)"):
-        forward(protocol=protocol, fault=fault, spin_limit=PATIENCE[protocol])
+        forward(protocol=protocol, fault=fault, spin_limit=PATIENCE[protocol], amd=amd)
     assert time.monotonic() - begin < 60
 
 

@@ -148,6 +148,50 @@ def test_under_a_predicate_the_old_value_may_remain() -> None:
     assert reads(code) == reads(code, "x_ptr") == [("LDG.E", True)]
 
 
+def test_under_the_same_predicate_only_what_was_written_under_it() -> None:
+    text = """
+        /*0000*/ LDC.64 R2, c[0x0][0x210] ;
+        /*0010*/ LDC.64 R4, c[0x0][0x218] ;
+        /*0020*/ @P0 MOV R2, R4 ;
+        /*0030*/ @P0 MOV R3, R5 ;
+        /*0040*/ @P0 LDG.E R8, desc[UR4][R2.64] ;
+        /*0050*/ @!P0 LDG.E R8, desc[UR4][R2.64] ;
+        /*0060*/ ISETP.GE.AND P0, PT, R6, R7, PT ;
+        /*0070*/ @P0 LDG.E R8, desc[UR4][R2.64] ;
+        /*0080*/ EXIT ;
+"""
+    code = machine_code.parse_sass(text, {"w_ptr": 0, "exchange_ptr": 8}, 0x210)
+    same, other, changed = (load.parameters for load in code.loads)
+    assert same == {"exchange_ptr"}
+    assert other == changed == {"w_ptr", "exchange_ptr"}
+
+
+@pytest.mark.parametrize(
+    ("layout", "whole"),
+    [
+        ("blocked [1, 1, 4] [2, 1, 0]", True),
+        ("blocked [1, 1, 2] [2, 1, 0]", False),
+        ("blocked [1, 4, 4] [1, 2, 0]", False),
+        ("linear [[0, 0, 1], [0, 0, 2], [8, 0, 0]]", True),
+        ("linear [[0, 0, 2], [0, 0, 1], [8, 0, 0]]", False),
+        ("linear [[0, 0, 1], [8, 0, 0]]", False),
+    ],
+)  # fmt: skip
+def test_a_layout_that_scatters_runs_is_seen(layout: str, whole: bool) -> None:
+    kind, first, *rest = re.findall(r"\w+|\[.*?\](?!,)", layout)
+    if kind == "blocked":
+        layout = f"#ttg.blocked<{{sizePerThread = {first}, threadsPerWarp = [2, 16, 1], warpsPerCTA = [4, 1, 1], "
+        layout += f"order = {rest[0]}}}>"
+    else:
+        layout = f"#ttg.linear<{{register = {first}, lane = [[0, 1, 0]], warp = [], block = []}}>"
+    line = (
+        '%1:2 = tt.elementwise_inline_asm "ld.relaxed {$0}" %0 : tensor<16x8x4x!tt.ptr<i32>, #runs> '
+        "-> tensor<16x8x4xi32, #runs> loc(#loc)"
+    )
+    ttgir = f"#runs = {layout}\n  {line}\n  {line.replace('ld.relaxed', 'ex2')}\n"
+    assert machine_code.ttgir_scattered(ttgir, "ld.relaxed", 4) == ([] if whole else [layout])
+
+
 def test_an_asynchronous_copy_is_a_read() -> None:
     code = sass("""
         LDC.64 R2, c[0x0][0x218]
@@ -239,6 +283,24 @@ def test_amd_loops_and_descriptors() -> None:
     assert reads(code) == [("global_load_dwordx4", False)]
     (load,) = code.reads("x_ptr")
     assert (load.in_loop, load.width, load.coherent) == (True, 8, True)
+
+
+def test_amd_a_carry_and_an_unused_upper_half_are_no_sources() -> None:
+    code = amdgcn("""
+        s_load_dwordx4 s[4:7], s[0:1], 0x8
+        v_mov_b32_e32 v2, s4
+        v_mov_b32_e32 v3, s6
+        v_mad_u64_u32 v[2:3], s[6:7], v0, s9, v[2:3]
+        v_mov_b32_e32 v3, v9
+        global_load_dword v1, v[2:3], off
+        v_mov_b64_e32 v[4:5], s[6:7]
+        global_load_dword v1, v[4:5], off
+        s_endpgm
+    """)
+    first, second = code.loads
+    assert first in code.reads("w_ptr")
+    assert "x_ptr" not in first.parameters
+    assert second.parameters == set()
 
 
 def test_amd_stores() -> None:

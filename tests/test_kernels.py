@@ -160,10 +160,19 @@ PATHS: dict[str, tuple[tuple[int, int, int, int], dict[str, Any]]] = {
         {"tier": "persistent", "protocol": "flag", "block_k": 16, "poll": 2, "sms": 5},
     ),
     "one part": ((3, 3, 5, 40), {"tier": "persistent", "protocol": "flag", "block_k": 32, "split": 1}),
-    "streaming": ((3, 3, 7, 150), {"tier": "streaming", "sms": 10, "shared_bytes": 48 << 10}),
+    "streaming": ((3, 3, 7, 150), {"tier": "streaming", "sms": 10, "shared_bytes": 64 << 10, "block_k": 32}),
     "streaming, counter": (
         (3, 3, 7, 150),
-        {"tier": "streaming", "protocol": "counter", "sms": 10, "shared_bytes": 48 << 10},
+        {"tier": "streaming", "protocol": "counter", "sms": 10, "shared_bytes": 64 << 10, "block_k": 32},
+    ),
+    "flag, without PTX": ((4, 5, 7, 37), {"tier": "persistent", "protocol": "flag", "amd": True}),
+    "streaming, without PTX": (
+        (3, 3, 7, 150),
+        {"tier": "streaming", "sms": 10, "shared_bytes": 64 << 10, "block_k": 32, "amd": True},
+    ),
+    "flag, 32 units x 32 sequences": (
+        (3, 33, 5, 70),
+        {"tier": "persistent", "block_h": 32, "block_b": 32, "sms": 6},
     ),
     "step": ((4, 5, 7, 37), {"tier": "step"}),
     "T=1": ((1, 3, 5, 20), {}),
@@ -195,16 +204,17 @@ def test_one_step_of_one_unit_and_one_sequence(dtype):
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize("tier", ["single", "persistent", "step"])
 def test_lengths_are_those_of_sequences_cut_and_run_alone(tier, reverse):
-    problem = Problem.draw(4, 5, 7, 37, torch.float32)
     lengths = [4, 0, 2, 1, 3]
-    got = problem.by_kernels(lengths, reverse, tier=tier)
-    assert_within_budget([(problem, got, problem.by_reference(lengths, reverse))])
+    problems = [Problem.draw(4, 5, 7, 37, torch.float32, seed) for seed in range(3)]
+    assert_within_budget(
+        [(p, p.by_kernels(lengths, reverse, tier=tier), p.by_reference(lengths, reverse)) for p in problems]
+    )
 
 
 @pytest.mark.parametrize("tier", ["single", "persistent", "streaming", "step"])
 def test_reverse_is_forward_of_the_flipped_sequence_bit_for_bit(tier):
     sizes = (3, 2, 4, 150) if tier == "streaming" else (4, 3, 5, 20)
-    options = {"sms": 10, "shared_bytes": 64 << 10} if tier == "streaming" else {}
+    options = {"sms": 10, "shared_bytes": 64 << 10, "block_k": 32} if tier == "streaming" else {}
     problem = Problem.draw(*sizes, torch.float32)
     there = problem.by_kernels(reverse=True, tier=tier, **options)
     problem.x, problem.grads = problem.x.flip(0), (problem.grads[0].flip(0), *problem.grads[1:])

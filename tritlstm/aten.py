@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GROUP = 8  # units that stand together in the packed order of the gates
+GROUP = 8  # HX is a multiple of this: rows of a 16-bit state then begin at multiples of 16 bytes
 
 
 def forward(
@@ -97,18 +97,13 @@ def backward(
 
 
 def pack_gates(gates: Tensor) -> Tensor:
-    """Gates [..., 4H] in the order i, f, g, o to [..., 4 HX] in packed order; units beyond H are zero.
-
-    Eight units stand together, gate by gate: gate `k` of unit `u` in column `(u // 8) * 32 + k * 8 + u % 8`.
-    """
-    units = pad_units(gates.unflatten(-1, (4, -1)))  # [..., 4, HX]
-    return units.unflatten(-1, (-1, GROUP)).transpose(-3, -2).flatten(-3)
+    """Gates [..., 4H] in the order i, f, g, o to [..., 4 HX]: a unit's side by side; units beyond H are zero."""
+    return pad_units(gates.unflatten(-1, (4, -1))).transpose(-1, -2).flatten(-2)
 
 
 def unpack_gates(packed: Tensor, hidden_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four gates i, f, g, o, each [..., H], of `packed` [..., 4 HX]; undoes `pack_gates`."""
-    groups = packed.unflatten(-1, (-1, 4, GROUP)).transpose(-3, -2)  # [..., 4, HX / 8, 8]
-    i, f, g, o = groups.flatten(-2)[..., :hidden_size].unbind(-2)
+    i, f, g, o = packed.unflatten(-1, (-1, 4))[..., :hidden_size, :].unbind(-1)
     return i, f, g, o
 
 

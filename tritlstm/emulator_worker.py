@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import inspect
 import mmap
 import os
 import random
@@ -18,6 +19,7 @@ import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
+from tritlstm import emulator_ptx
 from tritlstm.kernels.launch import KERNELS, kernel_function
 
 DTYPES = {
@@ -27,6 +29,15 @@ DTYPES = {
     "int32": tl.int32,
     "int64": tl.int64,
 }
+
+
+#: For the arguments of a store after self, pointers, value and mask.
+NO_POLICY = (None,) * (len(inspect.signature(interpreter.InterpreterBuilder.create_masked_store).parameters) - 4)
+
+
+def boolean(mask):
+    """Triton 3.9's interpreter gives comparisons integers, and its loads refuse them."""
+    return mask if mask.data.dtype == np.bool_ else interpreter.TensorHandle(mask.data.astype(np.bool_), tl.int1)
 
 
 def bf16_to_float32(bits: np.ndarray) -> np.ndarray:
@@ -46,6 +57,7 @@ class Builder(interpreter.InterpreterBuilder):
     def configure(self, emulation: dict[str, Any], program: tuple[int, ...]) -> None:
         self.delays = emulation["delays"]
         self.random = random.Random(f"{emulation['seed']}-{program}")
+        self.block = (program[0], program[1] if len(program) > 1 else 0)
         fault = emulation["fault"]
         mine = fault is not None and tuple(fault["program"]) == tuple(program)
         self.fault = fault if mine else None
@@ -76,26 +88,67 @@ class Builder(interpreter.InterpreterBuilder):
         product = np.matmul(*operands) + d.data
         return interpreter.TensorHandle(product.astype(d.data.dtype), d.dtype.scalar)
 
-    def create_masked_load(self, ptrs, mask, other, cache_modifier, eviction_policy, is_volatile):
-        if is_volatile:
+    # `policy`: how the caches are used, in one argument or two as Triton's versions have it.
+
+    def create_masked_load(self, ptrs, mask, other, *policy_and_volatile):
+        if policy_and_volatile[-1]:
             # A spinning program must not keep the one it waits for off the processor.
             os.sched_yield()
             self._pause()
-        return super().create_masked_load(ptrs, mask, other, cache_modifier, eviction_policy, is_volatile)
+        return super().create_masked_load(ptrs, boolean(mask), other, *policy_and_volatile)
 
-    def create_masked_store(self, ptrs, value, mask, cache_modifier, eviction_policy):
+    def create_masked_store(self, ptrs, value, mask, *policy):
         if self.fault is not None and self.stores >= self.fault["store"]:
             if self.fault["kind"] == "kill":
                 os._exit(77)
             os.kill(os.getpid(), signal.SIGSTOP)
         self.stores += 1
+        mask = boolean(mask)
         if self.delays is not None and mask.data.size > 1:
             first = np.random.default_rng(self.random.getrandbits(32)).random(mask.data.shape) < 0.5
             part = interpreter.TensorHandle(mask.data & first, mask.dtype)
-            super().create_masked_store(ptrs, value, part, cache_modifier, eviction_policy)
+            super().create_masked_store(ptrs, value, part, *policy)
             self._pause()
             mask = interpreter.TensorHandle(mask.data & ~first, mask.dtype)
-        return super().create_masked_store(ptrs, value, mask, cache_modifier, eviction_policy)
+        return super().create_masked_store(ptrs, value, mask, *policy)
+
+    def create_inline_asm(self, asm, constraints, values, kinds, is_pure, pack):
+        """Each lane runs the assembly once, on ``pack`` elements that lie side by side in the last dimension."""
+        shape = values[0].data.shape
+        lanes = values[0].data.size // pack
+        registers: dict[str, np.ndarray] = {}
+        position = len(kinds) * pack
+        for value in values:
+            numbers = np.ascontiguousarray(value.data).reshape(lanes, pack)
+            if numbers.dtype.itemsize == 4 and numbers.dtype != np.float32:
+                numbers = numbers.view(np.uint32)
+            for n in range(pack):
+                registers[f"${position + n}"] = numbers[:, n]
+            position += pack
+        program = emulator_ptx.parse(asm)
+        after = emulator_ptx.run(program, registers, lanes, self.block, self._load_words, self._store_words)
+        results = []
+        for n, kind in enumerate(kinds):
+            columns = [after[f"${n * pack + part}"] for part in range(pack)]
+            data = np.stack(columns, axis=-1).reshape(shape)
+            element = kind.scalar
+            if element == tl.int32:
+                data = data.view(np.int32)
+            results.append(interpreter.TensorHandle(data, element))
+        return types.SimpleNamespace(get_result=lambda n: results[n])
+
+    def _words(self, addresses, mask):
+        pointers = interpreter.TensorHandle(addresses, tl.pointer_type(tl.int32))
+        return pointers, interpreter.TensorHandle(mask, tl.int1)
+
+    def _load_words(self, addresses, mask):
+        pointers, mask = self._words(addresses, mask)
+        return self.create_masked_load(pointers, mask, None, *NO_POLICY, True).data.view(np.uint32)
+
+    def _store_words(self, addresses, words, mask):
+        pointers, mask = self._words(addresses, mask)
+        value = interpreter.TensorHandle(words.view(np.int32), tl.int32)
+        self.create_masked_store(pointers, value, mask, *NO_POLICY)
 
     def create_atomic_rmw(self, rmwOp, ptr, val, mask, sem, scope):
         os.sched_yield()
@@ -137,6 +190,8 @@ def prepare() -> None:
 
     both_languages = types.FunctionType(both_languages.__code__, {"tl": tl, "core": tl.core})
     interpreter._patch_lang(both_languages)
+    # Triton 3.6 takes int() of an array of one element, which NumPy refuses since 2.4.
+    tl.core.tensor.__index__ = lambda self: int(self.handle.data.item())
     modules = [sys.modules[name] for name in list(sys.modules) if name.startswith("tritlstm.kernels.")]
     for module in [*modules, tl.standard]:
         for value in list(vars(module).values()):

@@ -75,6 +75,8 @@ PRODUCTS = (
 TYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32"}
 #: The pointer through which a kernel reads what other blocks of its launch have written.
 EXCHANGE = {"recurrent_forward": "exchange_ptr", "recurrent_backward": "grad_gates_ptr"}
+#: What tells the assembly that waits for other blocks' results from the rest.
+POLL = "ld.relaxed.gpu.global.v4.b32"
 MATRIX_INSTRUCTION = re.compile(r"^(HGMMA|HMMA|QGMMA|UTC\w*MMA|v_mfma\w+|v_wmma\w+)$")
 COUNTED = re.compile(
     r"^(\w*MMA|UTC\w+|BAR|LDG|STG|LDS|LDSM|STS|STSM|LDGSTS|LDTM|STTM|LDL|STL|ATOM\w*|RED\w*|MEMBAR|FFMA\d?|MUFU|SHFL"
@@ -267,10 +269,13 @@ def expected_matrix(launch: Launch, dtype: torch.dtype, arch: str) -> re.Pattern
     return re.compile("HMMA")
 
 
-def inspect_launch(configuration: Configuration, arch: str) -> dict[str, Any]:
-    """Compiles one configuration; returns a row of ``tritlstm kernels --json`` (the module says what its keys are)."""
+def inspect_launch(configuration: Configuration, arch: str, compiled: Any = None) -> dict[str, Any]:
+    """Compiles one configuration, unless it is given ``compiled``; returns a row of ``tritlstm kernels --json``.
+
+    The module says what its keys are.
+    """
     launch = configuration.launch
-    compiled = compile_launch(launch, arch)
+    compiled = compiled or compile_launch(launch, arch)
     code, resources = read_code(compiled, launch)
     counts = {name: number for name, number in sorted(code.counts().items()) if COUNTED.match(name)}
     matrix = sorted((name for name in counts if MATRIX_INSTRUCTION.match(name)), key=lambda name: -counts[name])
@@ -294,6 +299,9 @@ def inspect_launch(configuration: Configuration, arch: str) -> dict[str, Any]:
         row["weights_resident"] = resident
         row["exchange_reads"] = dict(collections.Counter(_named(load) for load in exchanged))
         row["exchange_read_bytes"] = sorted({load.width for load in exchanged})
+        scattered = machine_code.ttgir_scattered(ttgir, POLL, 4)
+        if scattered:
+            found.append(f"runs of 16 bytes are spread over threads: {scattered[0]}")
         row["layout_conversions"] = machine_code.ttgir_count(ttgir, "ttg.convert_layout", depth=2)
         stale = [load for load in exchanged if not load.coherent]
         if row["config"]["protocol"] != "none":
@@ -409,6 +417,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the rows there, each as soon as it is known")
     parser.add_argument("--jobs", type=int, metavar="N", help="processes that compile; default: one a core")
     parser.add_argument("--list", action="store_true", help="only list the configurations")
+    parser.add_argument("--explain", action="append", metavar="T,B,D,H",
+                        help="only say what bounds a step of this shape, by the cost model and the code; repeatable; "
+                             "for --arch (default: sm_90) and --dtype (default: fp16)")  # fmt: skip
+    parser.add_argument("--counts", metavar="FILE",
+                        help="only write the table of the static gate, tests/kernel_counts.json")  # fmt: skip
 
 
 def describe(configuration: Configuration) -> str:
@@ -532,6 +545,10 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
 
 def run(args: argparse.Namespace) -> int:
     """Prints a line a configuration; exit status 1 if any has a problem, 2 for wrong arguments, 130 if stopped."""
+    if args.counts:
+        return _write_counts(args.counts)
+    if args.explain:
+        return _explain(args)
     jobs = args.jobs if args.jobs is not None else len(os.sched_getaffinity(0))
     if jobs < 1:
         return _refuse(f"--jobs must be at least 1, got {jobs}")
@@ -567,6 +584,31 @@ def run(args: argparse.Namespace) -> int:
             stopped = True
     _summarize(rows, len(work), args.json)
     return 130 if stopped else 1 if any(row["problems"] for row in rows) else 0
+
+
+def _write_counts(path: str) -> int:
+    from . import shape_report
+
+    try:
+        shape_report.write_counts(path)
+    except OSError as error:
+        return _refuse(f"cannot write {path}: {error.strerror}")
+    return 0
+
+
+def _explain(args: argparse.Namespace) -> int:
+    from . import shape_report
+
+    try:
+        shapes = [shape_report.parse_shape(text, dtype) for text in args.explain for dtype in args.dtype or ("fp16",)]
+    except ValueError as error:
+        return _refuse(str(error))
+    for shape in shapes:
+        for arch in args.arch or ("sm_90",):
+            device = plan.DEVICES[arch]
+            reports = {d: shape_report.report(shape, d, device) for d in ("forward", "backward")}
+            print(shape_report.text(shape, device, reports))
+    return 0
 
 
 def _refuse(words: str) -> int:

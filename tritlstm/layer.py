@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from . import emulator, plan, status
-from .aten import GROUP
 from .kernels import exchange
 from .kernels.launch import Launch
 from .plan import padded
@@ -23,22 +22,21 @@ NEEDS_ALL = (True,) * 7
 
 
 def pack_rows(matrix: Tensor) -> Tensor:
-    """``[4H, …]`` in i, f, g, o order to ``[4 HX, …]`` in packed order, zero rows for the padding."""
+    """``[4H, …]`` in i, f, g, o order to ``[4 HX, …]``, the four gates of a unit side by side, zero for the padding."""
     hidden = matrix.shape[0] // 4
     rest = matrix.shape[1:]
-    gates = matrix.reshape(4, hidden, *rest)
-    if padded(hidden) != hidden:
-        wide = gates.new_zeros(4, padded(hidden), *rest)
-        wide[:, :hidden] = gates
-        gates = wide
-    return gates.reshape(4, -1, GROUP, *rest).transpose(0, 1).reshape(4 * padded(hidden), *rest)
+    units = matrix.reshape(4, hidden, *rest).transpose(0, 1)
+    if padded(hidden) == hidden:
+        return units.reshape(4 * hidden, *rest)
+    wide = matrix.new_zeros(padded(hidden), 4, *rest)
+    wide[:hidden] = units
+    return wide.view(4 * padded(hidden), *rest)
 
 
 def unpack_rows(matrix: Tensor, hidden: int) -> Tensor:
-    """The inverse of :func:`pack_rows`: ``[4 HX, …]`` in packed order to ``[4H, …]``."""
+    """The inverse of :func:`pack_rows`: ``[4 HX, …]`` to ``[4H, …]``."""
     rest = matrix.shape[1:]
-    gates = matrix.reshape(-1, 4, GROUP, *rest).transpose(0, 1).reshape(4, padded(hidden), *rest)
-    return gates[:, :hidden].reshape(4 * hidden, *rest)
+    return matrix.reshape(-1, 4, *rest)[:hidden].transpose(0, 1).reshape(4 * hidden, *rest)
 
 
 def _run(launch: Launch) -> None:
@@ -122,7 +120,7 @@ def forward(
     int32 [B], ``gate0`` [B, 4H] added to the pre-activations of each sequence's first step. All of one dtype.
 
     Returns ``out`` [T, B, H], ``h_n`` and ``c_n`` [B, H] and, if ``save``, what :func:`backward` needs:
-    ``gates`` [T, B, 4 HX] in packed order and ``cells`` [T, B, HX] in fp32 (else empty).
+    ``gates`` [T, B, 4 HX], the four of a unit side by side, and ``cells`` [T, B, HX] in fp32 (else empty).
     """
     length, batch, _ = x.shape
     hidden = w_hh.shape[1]
@@ -268,7 +266,7 @@ def _recurrent_backward(
     reverse: bool,
     x: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the gates' pre-activations [T, B, 4 HX] (packed) and of c0 [B, H] (fp32)."""
+    """Gradients of the gates' pre-activations [T, B, 4 HX] and of c0 [B, H] (fp32)."""
     length, batch, _ = x.shape
     hidden = w_hh.shape[1]
     device = plan.device_of(x)

@@ -31,11 +31,16 @@ class Resources:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """``opcode`` as it is written (``LDG.E.128``), ``operands`` as text; ``guarded``: under a predicate."""
+    """``opcode`` as it is written (``LDG.E.128``), ``operands`` as text; ``guard``: a predicate (``!P0``), or empty."""
 
     opcode: str
     operands: str
-    guarded: bool = False
+    guard: str = ""
+
+    @property
+    def guarded(self) -> bool:
+        """Whether it is executed under a predicate only."""
+        return bool(self.guard)
 
     @property
     def mnemonic(self) -> str:
@@ -160,7 +165,8 @@ class Code:
             state = dict(before[n] or {})
             begin, end = spans[n]
             for at in range(begin, end):
-                self._step(state, effects[at], self.instructions[at].guarded)
+                self._step(state, effects[at], self.instructions[at])
+            state = {register: bits for register, bits in state.items() if "@" not in register}
             for successor in self._edges[end - 1]:
                 m = block_of[successor]
                 known = before[m]
@@ -181,10 +187,10 @@ class Code:
                 if address is not None:
                     bits = 0
                     for register in address:
-                        bits |= state.get(register, 0)
+                        bits |= _bits(state, register, self.instructions[at].guard)
                     names = frozenset(name for i, name in enumerate(self.names) if bits >> i & 1)
                     found.append(Access(self.instructions[at], names, self.in_loop[at]))
-                self._step(state, effects[at], self.instructions[at].guarded)
+                self._step(state, effects[at], self.instructions[at])
         return found
 
     @property
@@ -208,19 +214,37 @@ class Code:
         return sorted(begin for begin in begins if begin < len(self.instructions))
 
     @staticmethod
-    def _step(state: _State, effect: _Effect, guarded: bool) -> None:
+    def _step(state: _State, effect: _Effect, instruction: Instruction) -> None:
+        guard = instruction.guard
         new = []
         for register, sources, bits in effect.writes:
             for source in sources:
-                bits |= state.get(source, 0)
-            if guarded:
-                bits |= state.get(register, 0)
+                bits |= _bits(state, source, guard)
             new.append((register, bits))
+        # What is known under a predicate holds until the predicate may have changed, and within a block.
+        stale = [
+            known for known in state
+            if "@" in known and known.partition("@")[2].lstrip("!") in instruction.operands
+        ]  # fmt: skip
+        for known in stale:
+            del state[known]
         for register, bits in new:
+            for known in [known for known in state if known.startswith(f"{register}@")]:
+                del state[known]
+            if guard:
+                state[f"{register}@{guard}"] = bits
+                bits |= state.get(register, 0)
             if bits:
                 state[register] = bits
             else:
                 state.pop(register, None)
+
+
+def _bits(state: _State, register: str, guard: str) -> int:
+    """What a register is made of, for an instruction under ``guard``: after a write under the same, only that."""
+    if guard and f"{register}@{guard}" in state:
+        return state[f"{register}@{guard}"]
+    return state.get(register, 0)
 
 
 def _reachable(edges: list[tuple[int, ...]], begin: int) -> set[int]:
@@ -428,7 +452,7 @@ def parse_sass(text: str, parameters: Mapping[str, int], base: int) -> Code:
         found = _SASS_LINE.match(line)
         if found:
             guard, opcode, operands = found.groups()
-            instructions.append(Instruction(opcode, operands, guard not in (None, "PT", "UPT")))
+            instructions.append(Instruction(opcode, operands, guard if guard not in (None, "PT", "UPT") else ""))
             continue
         label = _SASS_LABEL.match(line)
         if label:
@@ -478,6 +502,8 @@ _AMD_WRITE_NOTHING = re.compile(
 )
 _AMD_READ = re.compile(r"(global|flat|buffer)_load|s_(buffer_)?load")
 _AMD_STORE = re.compile(r"(global|flat|buffer)_store")
+_AMD_CARRY = re.compile(r"v_(mad_[ui]64_[ui]32|(add|sub|subrev)[cb]?_co_u32|div_scale_)")
+_AMD_SUM = re.compile(r"v_(mad_[ui]64_[ui]32|lshl_add_u64)")
 #: An operation on instructions, not on numbers: needs a way to follow it that this reader has not.
 _AMD_INDIRECT = ("s_setpc_b64", "s_swappc_b64")
 
@@ -525,8 +551,16 @@ class _Amdgcn(Code):
             return _Effect((), _amd_registers(" ".join(address)))
         if _AMD_WRITE_NOTHING.match(name) or not operands:
             return _Effect(())
-        sources = _amd_registers(" ".join(operands[1:]))
-        return _Effect(tuple((register, sources, 0) for register in _amd_registers(operands[0])))
+        # Some have a second result, a carry for each lane.
+        results = 2 if _AMD_CARRY.match(name) else 1
+        sources = _amd_registers(" ".join(operands[results:]))
+        carries = tuple((register, (), 0) for register in _amd_registers(" ".join(operands[1:results])))
+        written = _amd_registers(operands[0])
+        if _AMD_SUM.match(name) and len(written) == 2:
+            # The lower half of a sum is one of lower halves; an upper half that nobody uses may hold anything.
+            lower = tuple(r for operand in operands[results:] for r in _amd_registers(operand)[:1])
+            return _Effect(((written[0], lower, 0), (written[1], sources, 0), *carries))
+        return _Effect(tuple((register, sources, 0) for register in written) + carries)
 
     def _argument(self, offset: int) -> int:
         return self._bits.get(offset, 0) | self._bits.get(offset - 4, 0) if offset % 8 in (0, 4) else 0
@@ -642,3 +676,33 @@ def ttgir_count(ttgir: str, operation: str, depth: int) -> int:
         while loops and braces <= loops[-1]:
             loops.pop()
     return count
+
+
+def ttgir_scattered(ttgir: str, mark: str, run: int) -> list[str]:
+    """Layouts of the inline assembly that contains ``mark`` in which a thread does not hold runs of ``run`` elements.
+
+    Such assembly is given several elements at a time, and relies on their being neighbours.
+    """
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg\.\w+<.*>)$", ttgir, re.M))
+    found = []
+    for line in ttgir.splitlines():
+        if "tt.elementwise_inline_asm" not in line or mark not in line:
+            continue
+        used = re.findall(r"tensor<[\dx]+\w+, (#\w+)>", line.split(" loc(")[0])
+        layout = layouts.get(used[-1], "") if used else ""
+        if not _has_runs(layout, run):
+            found.append(layout or "none")
+    return found
+
+
+def _has_runs(layout: str, run: int) -> bool:
+    blocked = re.match(r"#ttg\.blocked<\{sizePerThread = \[([\d, ]+)\].*order = \[(\d+)", layout)
+    if blocked:
+        sizes = [int(size) for size in blocked.group(1).split(",")]
+        return int(blocked.group(2)) == len(sizes) - 1 and sizes[-1] % run == 0
+    linear = re.match(r"#ttg\.linear<\{register = (\[.*?\]\])", layout)
+    if linear:
+        bases = [[int(n) for n in basis.split(",")] for basis in re.findall(r"\[([\d, ]+)\]", linear.group(1))]
+        steps = [1 << bit for bit in range(run.bit_length() - 1)]
+        return [b[-1] for b in bases[: len(steps)]] == steps and not any(any(b[:-1]) for b in bases[: len(steps)])
+    return False

@@ -135,7 +135,7 @@ class StepCost:
 
     hand_off: float  # until a published element can be read
     copy: float  # the tile of h (or of gate gradients) from L2
-    weights: float  # resident weights from shared memory, or the matrix unit's time if longer
+    weights: float  # resident weights from shared memory, or the matrix unit's time if longer; fences
     streamed: float  # the other weights from L2
     cell: float  # epilogue: gates, cell, stores
     launch: float  # of the step tier
@@ -153,7 +153,7 @@ L2_LATENCY_US = 0.17  # intercept of "8, 16, 24 KB from L2 to shared memory in 0
 SM_L2_BYTES_PER_US = 57e3  # slope of the same
 SHARED_BYTES_PER_CLOCK = 128
 CELL_US = 0.15
-CHECK_US = 0.04  # one block-wide vote on the poison
+FENCE_US = 0.04  # between the products of two chunks: the wait for the first and a fence
 LAUNCH_US = 5.0
 
 
@@ -213,6 +213,7 @@ class RecurrentPlan:
             "PROTOCOL": PROTOCOLS[self.protocol],
             "AMD": self.amd,
             "SINGLE": self.tier == "single",
+            "WARPS": self.num_warps,
             "PRECISION": self.precision,
         }
         if self.direction == "forward":
@@ -243,7 +244,7 @@ class RecurrentPlan:
 
 
 def padded(hidden: int) -> int:
-    """H rounded up to a multiple of 8 (a unit group of the packed gate order): HX."""
+    """H rounded up to a multiple of 8, so that rows of a state begin at multiples of 16 bytes: HX."""
     return -(-hidden // 8) * 8
 
 
@@ -262,6 +263,8 @@ class _Problem:
     save: bool
     one_step: bool
     block_k: int | None = None
+    #: The counter protocol runs where it is asked for: a barrier of all blocks of a group costs more than a flag.
+    protocols: tuple[str, ...] = ("flag",)
 
     @property
     def element(self) -> int:
@@ -273,24 +276,35 @@ class _Problem:
         return padded(self.hidden) * (4 if self.direction == "backward" else 1)
 
 
-def _block_k(problem: _Problem, split: int) -> int:
-    """Elements of K in a chunk: 256 bytes a row forward; backward, a chunk of all parts is 256 elements."""
+def _block_k(problem: _Problem, split: int, tier: str, block_b: int, threads: int) -> int:
+    """Elements of K in a chunk (backward, in one of its parts): long chunks, but little padding at the end of K.
+
+    The products of two chunks are kept apart by a wait for the matrix unit and a fence. Chunks that are read again in
+    every step pass through registers, so they are short.
+    """
     if problem.block_k is not None:
         return problem.block_k
-    widest = 128 if problem.element == 2 else 64
-    if problem.direction == "backward":
-        widest = (256 if problem.element == 2 else 128) // split
-    return min(widest, _power_of_two(problem.hidden, 64 // split if problem.direction == "backward" else 64))
+    if _scalar_products(problem):
+        return 64 if split == 1 else 16  # the compiler unrolls such a product, with all its operands in registers
+    chunks = [size // problem.element for size in ((1024, 512, 256) if split == 1 else (2048, 1024, 512))]
+    if tier != "persistent":
+        return chunks[-1] // split
+    received = {chunk: chunk * block_b * problem.element / 4 / threads for chunk in chunks}
+    # Without wgmma, the operands of a product pass through registers as well.
+    from_shared = problem.direction == "backward" or problem.device.matrix_rows > 16
+    most = RECEIVED_REGISTERS / (2 if from_shared else 4)
+    chunks = [chunk for chunk in chunks if received[chunk] <= most] or chunks[-1:]
+    return min(chunks, key=lambda chunk: -(-problem.depth // chunk) * (chunk + 48)) // split
 
 
 def _candidates(problem: _Problem) -> Iterator[RecurrentPlan]:
     hidden, device = problem.hidden, problem.device
-    for block_b in (16, 32, 64):
+    for block_b in (16, 32):
         if block_b > 16 and block_b >= 2 * _power_of_two(problem.batch, 16):
             continue
         whole = _power_of_two(padded(hidden), 16)
         if whole <= 128 and not problem.one_step:
-            yield from _feasible(problem, "single", whole, block_b, 4 if whole <= 32 else 8, device.sms)
+            yield from _feasible(problem, "single", whole, block_b, 4 if whole < 32 else 8, device.sms)
         for block_h in (16,) if _scalar_products(problem) else (16, 32, 64):
             if block_h > 16 and block_h >= 2 * padded(hidden):
                 continue
@@ -298,57 +312,41 @@ def _candidates(problem: _Problem) -> Iterator[RecurrentPlan]:
                 yield from _feasible(problem, tier, block_h, block_b, _num_warps(problem, block_h), device.sms)
 
 
-def _max_registers(device: Device, direction: str | None = None) -> int | None:
-    """What ptxas is told. Told nothing it aims at two blocks a multiprocessor and spills for it; but the forward
-    kernel for sm_90 spills only when told (seen by compiling with Triton 3.7.1)."""
-    untold = device.arch == "sm_90" and direction == "forward"
+def _max_registers(device: Device, crowded: bool = False) -> int | None:
+    """What ptxas is told. Told nothing it aims at two blocks a multiprocessor and spills for it; but the backward
+    kernels for sm_90 with the most cells a thread spill only when told (seen by compiling with Triton 3.7.1)."""
+    untold = device.arch == "sm_90" and crowded
     return 255 if device.arch.startswith("sm_") and not untold else None
 
 
 def _num_warps(problem: _Problem, block_h: int) -> int:
-    # A wgmma takes 64 rows with four warps; eight would compute the 64 rows of 16 units twice.
-    rows = problem.device.matrix_rows
-    if problem.direction == "forward" and 4 * block_h == rows and not _scalar_products(problem):
-        return 4
-    return 8
+    # Forward, 16 of the product's rows a warp: its units are then the same as in the tile of cells.
+    if problem.direction == "backward" or _scalar_products(problem):
+        return 8
+    return min(8, block_h // 4)
 
 
-#: Registers a thread that a plan may ask for by the estimate below, of the 255 there are. The estimate misses
-#: addresses and temporaries; the rest was found by compiling every configuration (``tritlstm kernels``).
-REGISTER_BUDGET = {("forward", 4): 150, ("forward", 8): 158, ("backward", 4): 142, ("backward", 8): 142}
-#: … and those of one received group of tiles.
+#: 32-bit registers of what a thread receives at a time, at most.
 RECEIVED_REGISTERS = 64
 #: Bytes of weights in flight a warp before the time loop: 64 registers of 32 threads.
 PROLOGUE_BYTES = 64 * 32 * 4
 
 
-def _budget(problem: _Problem, num_warps: int) -> int:
+def _most_cells(problem: _Problem, tier: str, block_b: int) -> float:
+    """Cells a thread computes in a step, at most: with more, registers spill, as compiling every configuration
+    (``tritlstm kernels``) shows."""
     if problem.device.arch == "emulated":
-        return 1 << 20
-    return REGISTER_BUDGET[problem.direction, num_warps]
+        return math.inf
+    if _scalar_products(problem):
+        return 2 if (tier, problem.direction) == ("single", "forward") else 1
+    if tier == "single":
+        return 8 if problem.direction == "forward" or block_b == 16 else 0
+    return 2 if problem.direction == "backward" and problem.element == 4 else 4
 
 
 def _scalar_products(problem: _Problem) -> bool:
     """Whether ``tl.dot`` becomes multiply-adds of the ordinary cores: fp32 without TF32."""
-    return problem.precision == "ieee" and problem.element == 4
-
-
-def _registers(problem: _Problem, block_h: int, block_b: int, num_warps: int) -> tuple[float, float]:
-    """Estimated 32-bit registers a thread that live through a step, received tiles apart, and more a resident chunk."""
-    cells = block_h * block_b / (num_warps * problem.device.warp_size)
-    scalar = _scalar_products(problem)
-    if problem.direction == "forward":
-        # Accumulator, prefetched pre-activations, c, h, four gates; with eight warps, descriptors of the weights'
-        # chunks. Products without a matrix unit keep operands instead.
-        return 40 + cells * (4 + problem.element + 2 + 4 + 24 * scalar), 6 if scalar else 8 * (num_warps == 8)
-    # Partial sums, gates and cells, the new gradients.
-    return 40 + 2 * problem.element + cells * (num_warps + 5 + 2 * problem.element), 6 if scalar else 1
-
-
-def _fitting(spare: float, each: float) -> int:
-    if spare < 0:
-        return 0
-    return int(spare // each) if each else 1 << 20
+    return problem.precision == "ieee" and problem.element == 4 and problem.device.arch != "emulated"
 
 
 def _feasible(
@@ -356,7 +354,9 @@ def _feasible(
 ) -> Iterator[RecurrentPlan]:
     device, hidden, element = problem.device, problem.hidden, problem.element
     forward = problem.direction == "forward"
-    if tier != "single" and 4 * block_h * block_b > 64 * 64 * num_warps // 4 * 2:
+    threads = num_warps * device.warp_size
+    cells = block_h * block_b / threads
+    if cells > _most_cells(problem, tier, block_b):
         return
     n_blocks = 1 if tier == "single" else -(-padded(hidden) // block_h)
     n_tiles = -(-problem.batch // block_b)
@@ -368,32 +368,27 @@ def _feasible(
         chunks = resident = poll = 1
         # Operands of the product come from registers through shared memory.
         shared = 4 * block_h * block_h * element + block_h * block_b * (4 * 4 + element)
-        base, per_chunk = _registers(problem, block_h, block_b, num_warps)
-        registers = base + per_chunk * (block_h // 32)
-        if not forward:  # the step's own gate gradients stay for the next product
-            registers += block_h * block_b / (num_warps * device.warp_size) * element
-        if shared > device.shared_bytes or registers > _budget(problem, num_warps):
+        if shared > device.shared_bytes:
             return
     else:
         split = 1 if forward else num_warps
-        block_k = _block_k(problem, split)
+        block_k = _block_k(problem, split, tier, block_b, threads)
         chunks = -(-problem.depth // (block_k * split))
         rows = (4 if forward else 1) * block_h
         chunk_bytes = rows * block_k * split * element
         tile_bytes = block_k * split * block_b * element
         scratch = block_h * block_b * 4 * (4 if forward else split)
+        if tile_bytes < 16 * threads and device.arch.startswith("sm_"):
+            return  # a thread waits for whole runs of 16 bytes
         room = device.shared_bytes - scratch
-        per_tile = tile_bytes / 4 / (num_warps * device.warp_size)
-        base, per_chunk = _registers(problem, block_h, block_b, num_warps)
-        spare = _budget(problem, num_warps) - base
-        if tier != "persistent":
-            # A streamed chunk passes through registers.
-            spare -= (1.5 if num_warps == 4 else 0.5) * chunk_bytes / 4 / (num_warps * device.warp_size)
+        per_tile = tile_bytes / 4 / threads
+        from_shared = not forward or device.matrix_rows > 16
+        received = RECEIVED_REGISTERS / (1 if cells <= 2 else 2 if tier == "persistent" and from_shared else 4)
         resident = poll = 0
-        for together in (16, 8, 4, 2, 1) if tier == "persistent" else (4, 2, 1):
+        for together in (16, 8, 4, 2, 1):
             held = min(together, chunks)  # tiles received at a time
-            most = min((room - held * tile_bytes) // chunk_bytes, _fitting(spare - held * per_tile, per_chunk))
-            if together >= 2 * chunks or held * per_tile > RECEIVED_REGISTERS:
+            most = (room - held * tile_bytes) // chunk_bytes
+            if together > 1 and together * per_tile > received:
                 continue
             if tier == "step" and most >= 1:
                 poll = 1
@@ -411,9 +406,10 @@ def _feasible(
     plan = RecurrentPlan(
         problem.direction, tier, "none", hidden, problem.dtype, problem.precision, block_h, block_b, block_k, split,
         chunks, resident, poll, num_warps, n_blocks, n_groups, n_tiles, shared, problem.save, cost=_NO_COST,
-        max_registers=_max_registers(device, problem.direction), amd=device.arch.startswith("gfx"),
+        max_registers=_max_registers(device, not forward and tier != "single" and cells > 2),
+        amd=device.arch.startswith("gfx"),
     )  # fmt: skip
-    for protocol in ("none",) if tier in ("single", "step") else ("flag", "counter"):
+    for protocol in ("none",) if tier in ("single", "step") else problem.protocols:
         chosen = dataclasses.replace(plan, protocol=protocol)
         yield dataclasses.replace(chosen, cost=_cost(problem, chosen))
 
@@ -443,10 +439,12 @@ def _cost(problem: _Problem, plan: RecurrentPlan) -> StepCost:
     matrix = multiply_adds / (rate * clock)
     shared = share * weight_bytes / (SHARED_BYTES_PER_CLOCK * clock)
     read = rows * depth * element
+    receptions = math.ceil(plan.resident / plan.poll) + (plan.chunks - plan.resident)
     copy = (
         0.0
         if plan.tier == "single"
-        else L2_LATENCY_US + max(read / SM_L2_BYTES_PER_US, blocks * read / device.l2_bytes_per_us)
+        else receptions * L2_LATENCY_US
+        + max(read / SM_L2_BYTES_PER_US, blocks * read / device.l2_bytes_per_us)
     )
     left = (1.0 - share) * weight_bytes
     streamed = max(left / SM_L2_BYTES_PER_US, blocks * left / device.l2_bytes_per_us)
@@ -454,13 +452,10 @@ def _cost(problem: _Problem, plan: RecurrentPlan) -> StepCost:
     cell = CELL_US + rows * plan.block_h * 4e-5 / plan.num_warps
     prefill = 0.0
     if plan.protocol == "flag":
-        polls = math.ceil(plan.resident / plan.poll) + (plan.chunks - plan.resident)
-        hand_off += CHECK_US * polls
         prefill = rows * plan.n_groups * depth * element / device.memory_bytes_per_us
     launch = LAUNCH_US if plan.tier == "step" and not problem.one_step else 0.0
-    return StepCost(
-        hand_off, copy * waves, max(matrix, shared) * waves, streamed * waves, cell * waves, launch, prefill
-    )
+    weights = max(matrix, shared) + FENCE_US * plan.chunks
+    return StepCost(hand_off, copy * waves, weights * waves, streamed * waves, cell * waves, launch, prefill)
 
 
 class PlanError(ValueError):
@@ -487,7 +482,9 @@ def recurrent(
     fixed = dict(overrides or {})
     block_k = fixed.pop("block_k", None)
     # A single step needs no exchange; every longer sequence is planned alike.
-    problem = _Problem(direction, batch, hidden, dtype, precision, device, save, length == 1, block_k)
+    asked = fixed.get("protocol")
+    protocols = (asked,) if asked in ("flag", "counter") else ("flag",)
+    problem = _Problem(direction, batch, hidden, dtype, precision, device, save, length == 1, block_k, protocols)
     return _best(problem, tuple(sorted(fixed.items())))
 
 
@@ -563,17 +560,16 @@ def _adjusted(plan: RecurrentPlan, changes: Mapping[str, Any]) -> RecurrentPlan:
     """``plan`` with fields set by hand, for tests and tuning: what depends on them follows."""
     if not changes or plan.tier == "single":
         return dataclasses.replace(
-            plan, **{k: v for k, v in changes.items() if k in ("n_groups", "spin_limit")}
+            plan, **{k: v for k, v in changes.items() if k in ("n_groups", "spin_limit", "amd")}
         )
     depth = padded(plan.hidden) * (4 if plan.direction == "backward" else 1)
     split = changes.get("split", plan.split) if plan.direction == "backward" else 1
     chunks = -(-depth // (plan.block_k * split))
     resident = chunks if plan.tier == "persistent" else min(changes.get("resident", plan.resident), chunks)
-    poll = max(1, min(changes.get("poll", plan.poll), _power_of_two(max(resident, 1), 1)))
     return dataclasses.replace(
-        plan, split=split, chunks=chunks, resident=resident, poll=poll,
+        plan, split=split, chunks=chunks, resident=resident, poll=changes.get("poll", plan.poll),
         n_groups=min(plan.n_tiles, changes.get("n_groups", plan.n_groups)),
-        spin_limit=changes.get("spin_limit", plan.spin_limit),
+        spin_limit=changes.get("spin_limit", plan.spin_limit), amd=changes.get("amd", plan.amd),
     )  # fmt: skip
 
 
@@ -626,6 +622,7 @@ def gate_gemm(
     columns = 4 * padded(hidden)
     if device.arch == "emulated":
         block_m, block_n, num_warps = 32, 64, 4
+        ragged = scalar = False
     else:
         block_m, block_n, num_warps = 128, 128, 8
         scalar = precision == "ieee" and dtype == torch.float32
@@ -636,7 +633,8 @@ def gate_gemm(
             block_m, block_n, num_warps = 64, 64, 8 if scalar else 4
         if rows <= 16:
             block_m = 16
-    block_k = min(64 if dtype.itemsize == 2 else 32, _power_of_two(features, 16))
+    widest = 64 if dtype.itemsize == 2 else 16 if ragged and scalar else 32
+    block_k = min(widest, _power_of_two(features, 16))
     num_stages = 3 if device.shared_bytes >= 128 << 10 else 2
     tiles = -(-rows // block_m) * -(-columns // block_n)
     return GemmPlan(features, hidden, precision, block_m, block_n, block_k, 8, num_warps, num_stages, tiles,

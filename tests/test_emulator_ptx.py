@@ -1,0 +1,227 @@
+"""The emulator's PTX: each instruction, lanes that part and meet again, and the assembly of the exchange itself."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tritlstm import emulator_ptx
+from tritlstm.kernels import exchange
+
+POISON = 0xFFFFFFFF
+
+
+class Memory:
+    """32-bit words by address; counts its reads, and calls ``tick`` before each."""
+
+    def __init__(self, words: dict[int, int], tick: Any = None) -> None:
+        self.words = words
+        self.tick = tick
+        self.reads = 0
+
+    def load(self, addresses: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        self.reads += 1
+        if self.tick:
+            self.tick(self)
+        return np.array([self.words[int(a)] if m else 0xDEAD for a, m in zip(addresses, mask, strict=True)], np.uint32)
+
+    def store(self, addresses: np.ndarray, words: np.ndarray, mask: np.ndarray) -> None:
+        for address, word, wanted in zip(addresses, words, mask, strict=True):
+            if wanted:
+                self.words[int(address)] = int(word)
+
+
+def run(text: str, lanes: int = 1, memory: Memory | None = None, **registers: Any) -> dict[str, np.ndarray]:
+    memory = memory or Memory({})
+    given = {f"${name[1:]}": np.asarray(value) for name, value in registers.items()}
+    return emulator_ptx.run(emulator_ptx.parse(text), given, lanes, (5, 3), memory.load, memory.store)
+
+
+@pytest.mark.parametrize(
+    ("statement", "operands", "result"),
+    [
+        ("mov.b32 r, $1;", [np.uint32([7])], 7),
+        ("mov.b32 r, -1;", [], POISON),
+        ("mov.b32 r, %ctaid.x;", [], 5),
+        ("mov.b32 r, %ctaid.y;", [], 3),
+        ("max.u32 r, $1, $2;", [np.uint32([POISON]), np.uint32([1])], POISON),
+        ("add.u32 r, $1, 1;", [np.uint32([POISON])], 0),
+        ("sub.u32 r, $1, $2;", [np.uint32([3]), np.uint32([4])], POISON),
+        ("and.b32 r, $1, 63;", [np.uint32([130])], 2),
+        ("cvt.u32.u64 r, $1;", [np.uint64([2**32 + 9])], 9),
+        ("setp.lt.u32 r, $1, $2;", [np.uint32([1]), np.uint32([POISON])], True),
+        ("setp.eq.s32 r, $1, -1;", [np.uint32([POISON])], True),
+        ("setp.ne.s32 p, $1, 0; setp.eq.and.s32 r, $2, -1, p;", [np.uint32([0]), np.uint32([POISON])], False),
+        ("setp.ne.s32 p, $1, 0; setp.eq.s32 q, $1, 0; or.pred r, p, q;", [np.uint32([4])], True),
+        ("setp.eq.s32 p, $1, 4; selp.b32 r, 0x7FFF7FFF, $1, p;", [np.uint32([4])], 0x7FFF7FFF),
+        ("ex2.approx.ftz.f32 r, $1;", [np.float32([3])], 8.0),
+        ("ex2.approx.ftz.f32 r, $1;", [np.float32([1000])], np.inf),
+        ("rcp.approx.ftz.f32 r, $1;", [np.float32([np.inf])], 0.0),
+    ],
+)
+def test_an_instruction(statement: str, operands: list[np.ndarray], result: Any) -> None:
+    registers = {f"_{n + 1}": value for n, value in enumerate(operands)}
+    assert run(statement, **registers)["r"] == result
+
+
+def test_lanes_part_at_a_guarded_jump_and_meet_again() -> None:
+    text = """{
+    mov.b32 n, 0;
+    turn: add.u32 n, n, 1;
+    setp.lt.u32 more, n, $1;
+    @more bra turn;
+    add.u32 n, n, 100;
+    }"""
+    assert run(text, lanes=3, _1=np.uint32([1, 4, 2]))["n"].tolist() == [101, 104, 102]
+
+
+def test_a_guard_keeps_a_lane_from_writing() -> None:
+    text = "mov.b32 r, 1; setp.ne.s32 p, $1, 0; @!p mov.b32 r, 2;"
+    assert run(text, lanes=2, _1=np.uint32([0, 9]))["r"].tolist() == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "words"),
+    [
+        ("mul.u32 r, $1, $1;", NotImplementedError, "does not know the PTX instruction mul.u32"),
+        ("bra nowhere;", ValueError, "jump to the unknown place 'nowhere'"),
+        ("add.u32 r, $8, 1;", ValueError, "reads \\$8, which nothing has set"),
+        ("trap;", RuntimeError, "trapped"),
+        ("- x;", ValueError, "not a PTX statement"),
+    ],
+)
+def test_what_it_does_not_know_is_an_error(text: str, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        run(text, _1=np.uint32([1]))
+
+
+# The assembly of the exchange
+
+BASE, MARK, STATUS = 0x1000, 0x9000, 0xA000
+
+
+def poll(memory: Memory, count: int = 2, lanes: int = 2, wanted: int = 1, last: int | None = None, limit: int = 1000,
+         first: dict[int, int] | None = None, apart: int = 4) -> list[list[list[int]]]:  # fmt: skip
+    """Runs ``poll_program`` for ``lanes`` runs of ``count`` tiles 256 bytes apart; words by lane and tile."""
+    memory.words.update({MARK: memory.words.get(MARK, 0), **{STATUS + 4 * n: 0 for n in range(4)}})
+    registers: dict[str, np.ndarray] = {}
+
+    def give(values: list[np.ndarray]) -> None:
+        for value in values:
+            registers[f"_{4 * count + len(registers)}"] = value
+
+    seen = memory.words if first is None else first
+    run_at = [BASE + 16 * lane for lane in range(lanes)]
+    for tile in range(count):
+        give([np.uint32([seen[at + 256 * tile + 4 * n] for at in run_at]) for n in range(4)])
+    give([np.uint64([at + apart * n for at in run_at]) for n in range(4)])
+    for value in (wanted, 1 if last is None else last):
+        give([np.full(lanes, value, np.uint32)] * 4)
+    give([np.full(lanes, MARK, np.uint64)] * 4)
+    give([np.full(lanes, STATUS, np.uint64)] * 4)
+    give([np.full(lanes, 17, np.uint32)] * 4)
+    give([np.full(lanes, limit, np.uint32)] * 4)
+    after = run(exchange.poll_program(count, 1, 256, last is not None), lanes, memory, **registers)
+    return [
+        [[int(after[f"${4 * tile + n}"][lane]) for n in range(4)] for tile in range(count)] for lane in range(lanes)
+    ]
+
+
+def words(count: int = 2, lanes: int = 2) -> dict[int, int]:
+    return {BASE + 256 * t + 16 * lane + 4 * n: 1000 * t + 100 * lane + n + 1
+            for t in range(count) for lane in range(lanes) for n in range(4)}  # fmt: skip
+
+
+EXPECTED = [[[1000 * t + 100 * lane + n + 1 for n in range(4)] for t in range(2)] for lane in range(2)]
+
+
+def test_words_that_are_there_are_not_read_again() -> None:
+    memory = Memory(words())
+    assert poll(memory) == EXPECTED
+    assert memory.reads == 0
+
+
+@pytest.mark.parametrize("late", [BASE, BASE + 12, BASE + 256 + 16 + 8])
+def test_one_missing_word_is_waited_for(late: int) -> None:
+    there = words()
+    there[late] = POISON
+
+    def arrives(memory: Memory) -> None:
+        if memory.reads == 30:
+            memory.words[late] = words()[late]
+
+    memory = Memory(there, arrives)
+    assert poll(memory) == EXPECTED
+    assert memory.reads >= 30
+    assert memory.words[STATUS] == 0
+
+
+def test_half_a_word_of_poison_is_a_value() -> None:
+    there = words() | {BASE: 0xFFFF0001, BASE + 4: 0x7FFFFFFF}
+    assert poll(Memory(there))[0][0][:2] == [0xFFFF0001, 0x7FFFFFFF]
+
+
+def test_what_is_not_wanted_may_be_poison() -> None:
+    assert poll(Memory(words() | {BASE: POISON}), wanted=0)[0][0][0] == POISON
+
+
+def test_the_last_tile_may_lie_outside() -> None:
+    there = {at: word for at, word in words().items() if at < BASE + 256}
+    late = dict(there)
+    late[BASE] = POISON
+    # The second tile does not exist: its words are zero as they were first read, and never read again.
+    zero = {BASE + 256 + 4 * n: 0 for n in range(8)}
+    got = poll(Memory(there), last=0, first=late | zero)
+    assert got == [[EXPECTED[lane][0], [0, 0, 0, 0]] for lane in range(2)]
+
+
+def test_a_time_out_is_marked_and_reported_and_leaves_poison() -> None:
+    memory = Memory(words() | {BASE + 256: POISON})
+    assert poll(memory, limit=200)[0][1][0] == POISON
+    assert memory.words[MARK] == 1
+    assert [memory.words[STATUS + 4 * n] for n in range(4)] == [exchange.TIMED_OUT.value, 5, 3, 17]
+    # 8 words a turn and the mark at every 64th: no spin goes on beyond the limit and the next look.
+    assert memory.reads <= (200 + exchange.PATIENCE.value) * 9
+
+
+def test_once_somebody_gave_up_nobody_waits_long() -> None:
+    memory = Memory(words() | {BASE: POISON, MARK: 1})
+    poll(memory, limit=1 << 22)
+    assert memory.reads <= exchange.PATIENCE.value * 9
+    assert memory.words[STATUS] == 0
+
+
+def test_a_layout_that_scatters_a_run_is_trapped() -> None:
+    with pytest.raises(RuntimeError, match="trapped"):
+        poll(Memory(words()), apart=8)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_store_never_leaves_poison(count: int) -> None:
+    memory = Memory({})
+    values = {f"_{3 + n}": np.uint32([n + 1, POISON]) for n in range(count)}
+    pointers = np.uint64([BASE, BASE + 64])
+    run(exchange.store_program(count), 2, memory, _1=pointers, _2=np.uint32([1, 1]), **values)
+    assert memory.words == {
+        **{BASE + 4 * n: n + 1 for n in range(count)}, **{BASE + 64 + 4 * n: 0x7FFF7FFF for n in range(count)}
+    }  # fmt: skip
+
+
+def test_a_masked_store_stores_nothing() -> None:
+    memory = Memory({})
+    run(exchange.store_program(1), 1, memory, _1=np.uint64([BASE]), _2=np.uint32([0]), _3=np.uint32([1]))
+    assert memory.words == {}
+
+
+@pytest.mark.parametrize("pack", [1, 2])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_the_program_names_as_many_operands_as_its_constraints(pack: int, ragged: bool) -> None:
+    text = exchange.poll_program(3, pack, 512, ragged)
+    constraints = exchange.poll_constraints(3, pack).split(",")
+    assert max(int(n) for n in re.findall(r"\$(\d+)", text)) < len(constraints)
+    assert constraints.count("=&r") == 3 * 4 * pack
+    # Words and pointers sit where the program looks for them.
+    assert constraints[2 * 3 * 4 * pack] == "l"

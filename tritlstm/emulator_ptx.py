@@ -1,0 +1,180 @@
+"""The emulator's PTX: runs the inline assembly of the kernels, of which Triton's interpreter knows nothing.
+
+Every lane has its own place in the program, and at each turn those at the lowest place go on together: lanes that wait
+in a loop do not keep the others from leaving it. It knows the instructions that the kernels use, no others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable
+
+import numpy as np
+
+__all__ = ["Instruction", "parse", "run"]
+
+#: ``(addresses, mask)`` to the 32-bit words there; where the mask is false, anything.
+Load = Callable[[np.ndarray, np.ndarray], np.ndarray]
+#: ``(addresses, words, mask)``
+Store = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
+
+_MAX = {"max.u32": np.maximum}
+_COMPARE: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "ge": np.greater_equal
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """``guard`` is a predicate's name with ``!`` before it if negated, or empty; ``target`` the place of a jump."""
+
+    opcode: str
+    operands: tuple[str, ...]
+    guard: str = ""
+    target: int = -1
+
+
+@functools.lru_cache(maxsize=256)
+def parse(text: str) -> tuple[Instruction, ...]:
+    """The instructions of a block of PTX, one statement a semicolon; raises ValueError for a jump to nowhere."""
+    statements: list[tuple[str, str, tuple[str, ...]]] = []
+    labels: dict[str, int] = {}
+    body = text.strip()
+    if body.startswith("{"):
+        body = body[1 : body.rindex("}")]
+    for part in re.split(r";\s*", body):
+        statement = part.strip()
+        while found := re.match(r"(\w+):\s*", statement):
+            labels[found.group(1)] = len(statements)
+            statement = statement[found.end() :]
+        if not statement or statement.startswith(".reg"):
+            continue
+        found = re.fullmatch(r"(?:@(!?\w+)\s+)?([\w.]+)\s*(.*)", statement, re.S)
+        if not found:
+            raise ValueError(f"not a PTX statement: {statement!r}")
+        guard, opcode, rest = found.groups()
+        operands = tuple(operand.strip() for operand in re.split(r",(?![^{]*\})", rest) if operand.strip())
+        statements.append((guard or "", opcode, operands))
+    program = []
+    for guard, opcode, operands in statements:
+        target = -1
+        if opcode == "bra":
+            if operands[0] not in labels:
+                raise ValueError(f"a jump to the unknown place {operands[0]!r}")
+            target = labels[operands[0]]
+        program.append(Instruction(opcode, operands, guard, target))
+    return tuple(program)
+
+
+class _Lanes:
+    """Registers of all lanes: 32-bit words as uint32, addresses as uint64, predicates as bool."""
+
+    def __init__(self, lanes: int, given: dict[str, np.ndarray], block: tuple[int, int]) -> None:
+        self.lanes = lanes
+        self.registers = given
+        self.block = block
+
+    def read(self, operand: str) -> np.ndarray:
+        if operand in self.registers:
+            return self.registers[operand]
+        if operand.startswith("%ctaid."):
+            return np.full(self.lanes, self.block["xy".index(operand[-1])], np.uint32)
+        if re.fullmatch(r"-?\d+|0x[0-9A-Fa-f]+", operand):
+            return np.full(self.lanes, int(operand, 0) & 0xFFFFFFFF, np.uint32)
+        raise ValueError(f"PTX reads {operand}, which nothing has set")
+
+    def write(self, name: str, value: np.ndarray, mask: np.ndarray) -> None:
+        if mask.all():
+            self.registers[name] = value
+            return
+        old = self.registers.get(name)
+        if old is None or old.dtype != value.dtype:
+            old = np.zeros(self.lanes, value.dtype)
+        self.registers[name] = np.where(mask, value, old)
+
+    def address(self, operand: str) -> np.ndarray:
+        register, _, offset = operand[1:-1].partition("+")
+        return self.read(register).astype(np.uint64) + np.uint64(int(offset or 0))
+
+
+def run(
+    program: tuple[Instruction, ...],
+    registers: dict[str, np.ndarray],
+    lanes: int,
+    block: tuple[int, int],
+    load: Load,
+    store: Store,
+) -> dict[str, np.ndarray]:
+    """Runs all lanes to the end. ``registers`` are the operands ``$n`` that the program reads; returns all registers.
+
+    Raises RuntimeError where a lane traps, NotImplementedError for an instruction that is not known here.
+    """
+    state = _Lanes(lanes, dict(registers), block)
+    place = np.zeros(lanes, np.int64)
+    end = len(program)
+    while (at := int(place.min())) < end:
+        here = place == at
+        instruction = program[at]
+        active = here
+        if instruction.guard:
+            predicate = state.read(instruction.guard.lstrip("!"))
+            active = here & (~predicate if instruction.guard.startswith("!") else predicate)
+        place[here] += 1
+        if not active.any():
+            continue
+        if instruction.opcode == "bra":
+            place[active] = instruction.target
+        elif instruction.opcode == "trap":
+            raise RuntimeError("a lane of the inline PTX trapped")
+        else:
+            _execute(state, instruction, active, load, store)
+    return state.registers
+
+
+def _execute(state: _Lanes, instruction: Instruction, mask: np.ndarray, load: Load, store: Store) -> None:
+    opcode, operands = instruction.opcode, instruction.operands
+    kind = opcode.split(".")
+    if kind[0] == "ld":
+        names = operands[0].strip("{} ").split(",")
+        address = state.address(operands[1])
+        for n, name in enumerate(names):
+            state.write(name.strip(), load(address + np.uint64(4 * n), mask), mask)
+        return
+    if kind[0] == "st":
+        address = state.address(operands[0])
+        for n, name in enumerate(operands[1].strip("{} ").split(",")):
+            store(address + np.uint64(4 * n), state.read(name.strip()), mask)
+        return
+    sources = [state.read(operand) for operand in operands[1:]]
+    state.write(operands[0], _value(opcode, kind, sources), mask)
+
+
+def _value(opcode: str, kind: list[str], sources: list[np.ndarray]) -> np.ndarray:
+    if kind[0] == "mov":
+        return sources[0]
+    if opcode in _MAX:
+        return _MAX[opcode](*sources)
+    if opcode == "add.u32":
+        return sources[0] + sources[1]
+    if opcode == "sub.u32":
+        return sources[0] - sources[1]
+    if opcode == "cvt.u32.u64":
+        return sources[0].astype(np.uint32)
+    if opcode in ("and.b32", "or.pred"):
+        return sources[0] & sources[1] if kind[0] == "and" else sources[0] | sources[1]
+    if opcode == "selp.b32":
+        return np.where(sources[2], sources[0], sources[1])
+    if kind[0] == "setp":
+        signed = {"s32": np.int32, "u32": np.uint32}[kind[-1]]
+        left, right = (source.view(signed) for source in sources[:2])
+        result = _COMPARE[kind[1]](left, right)
+        return result & sources[2] if kind[2] == "and" else result
+    if opcode == "ex2.approx.ftz.f32":
+        with np.errstate(over="ignore"):
+            return np.exp2(sources[0])
+    if opcode == "rcp.approx.ftz.f32":
+        with np.errstate(divide="ignore"):
+            return np.float32(1.0) / sources[0]
+    raise NotImplementedError(f"the emulator does not know the PTX instruction {opcode}")
