@@ -1,0 +1,67 @@
+"""The static gate: on the benchmark's shapes, the compiled kernels do no more in a step than the committed table says.
+
+``tritlstm kernels --counts tests/kernel_counts.json`` writes the table anew, after a change that is worth it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import triton
+
+from tritlstm import cli, plan, shape_report
+
+TABLE = json.loads((Path(__file__).with_name("kernel_counts.json")).read_text())
+CASES = [
+    (arch, direction, shape)
+    for arch in shape_report.GATED
+    for shape in shape_report.SHAPES
+    for direction in ("forward", "backward")
+]
+
+
+def test_the_table_has_every_kernel_and_no_other() -> None:
+    assert set(TABLE["kernels"]) == {f"{arch} {direction} {shape}" for arch, direction, shape in CASES}
+
+
+def test_the_table_has_no_spill_and_no_other_problem() -> None:
+    assert not [name for name, row in TABLE["kernels"].items() if row["problems"] or row["spill_bytes"]]
+
+
+@pytest.mark.skipif(triton.__version__ != TABLE["versions"]["triton"], reason="the table is another Triton's")
+@pytest.mark.parametrize(("arch", "direction", "shape"), CASES, ids=str)
+def test_a_step_costs_no_more_than_the_table_says(arch: str, direction: str, shape: shape_report.Shape) -> None:
+    device = plan.DEVICES[arch]
+    committed = TABLE["kernels"][f"{arch} {direction} {shape}"]
+    got = shape_report.counts(shape_report.chosen(shape, direction, device), device)
+    assert got["problems"] == []
+    for name in ("matrix_instruction", "weights_resident"):
+        assert got[name] == committed[name], name
+    for name in ("registers", "shared_bytes", "layout_conversions"):
+        assert got[name] <= committed[name], name
+    for name, count in committed["loop"].items():
+        assert got["loop"][name] <= count, name
+
+
+def test_a_shape_is_explained_by_model_and_code(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["kernels", "--explain", "1024,16,768,768", "--dtype", "fp16", "--arch", "sm_90"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    rows = {" ".join(line[:-2]): line[-2:] for line in lines[1:]}
+    p = plan.recurrent("forward", 1024, 16, 768, shape_report.DTYPES["fp16"], plan.DEVICES["sm_90"])
+    assert rows["predicted us a step, all tiles"][0] == f"{p.us_per_step:.2f}"
+    # 48 blocks read 16 rows of 768 (backward 4 * 768) values of 2 bytes.
+    assert rows["bytes from L2 a step"] == [f"{48 * 16 * 768 * 2:,}", f"{48 * 16 * 4 * 768 * 2:,}"]
+    # Forward: products in, gates out, cells, h: (8 + 8 + 4 + 2) bytes a unit. Backward: 8 + 8 + 2 * 4 + 2.
+    assert rows["bytes of memory a step, least"] == [f"{16 * 768 * 22:,}", f"{16 * 768 * 26:,}"]
+    assert rows["multiply-adds a step"] == [f"{4 * 16 * 768**2:,}"] * 2
+    # 270336 bytes over 3.35e6 a us = 0.08; the products take less; one hand-off of 0.14.
+    assert rows["floor us a step"][0] == "0.22"
+    assert rows["matrix instruction"] == ["HGMMA", "HMMA"]
+
+
+@pytest.mark.parametrize("text", ["1,2,3", "1,2,3,x", "0,1,1,1", ""])
+def test_what_is_no_shape_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["kernels", "--explain", text]) == 2
+    assert "four positive numbers T,B,D,H" in capsys.readouterr().err
