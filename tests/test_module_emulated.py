@@ -186,13 +186,40 @@ def test_autocast():
         torch.testing.assert_close(a.grad.cpu(), b.grad, rtol=0.02, atol=0.002)
 
 
-def test_double_backward_raises():
-    module = tritlstm.LSTM(D, H, device=DEVICE)
-    x = torch.randn(2, 1, D, device=DEVICE, requires_grad=True)
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["", "bidirectional"])
+def test_double_backward_equals_that_of_nn_lstm_in_float64(bidirectional):
+    """A gradient penalty: the derivative by all weights of the squared gradient by the input."""
+    torch.manual_seed(0)
+    module = tritlstm.LSTM(D, H, bidirectional=bidirectional, device=DEVICE)
+    exact = nn.LSTM(D, H, bidirectional=bidirectional, dtype=torch.float64)
+    exact.load_state_dict(module.state_dict())
+    x = torch.randn(3, 2, D)
+
+    def penalty(module: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+        x = x.clone().requires_grad_()
+        out, (h_n, c_n) = module(x)
+        loss = out.square().sum() + h_n.sin().sum() + c_n.square().sum()
+        (first,) = torch.autograd.grad(loss, x, create_graph=True)
+        first.square().sum().backward()
+        return [first.detach(), x.grad, *(p.grad for p in module.parameters())]
+
     with kernels():
-        (grad,) = torch.autograd.grad(module(x)[0].sum(), x, create_graph=True)
-        with pytest.raises(NotImplementedError, match=r"no double backward yet.*torch\.float64"):
-            grad.sum().backward()
+        got = penalty(module, x.to(DEVICE))
+    for a, b in zip(got, penalty(exact, x.double()), strict=True):
+        torch.testing.assert_close(a.double().cpu(), b, rtol=1e-5, atol=1e-5)
+
+
+def test_forward_mode_equals_finite_differences_of_nn_lstm_in_float64():
+    torch.manual_seed(0)
+    module, exact = tritlstm.LSTM(D, H, device=DEVICE), nn.LSTM(D, H, dtype=torch.float64)
+    exact.load_state_dict(module.state_dict())
+    x, v = torch.randn(3, 2, D), torch.randn(3, 2, D)
+    with kernels():
+        primal, tangent = torch.func.jvp(lambda x: module(x)[0], (x.to(DEVICE),), (v.to(DEVICE),))
+    step = 1e-6
+    ahead, behind = (exact(x.double() + sign * step * v.double())[0] for sign in (1, -1))
+    torch.testing.assert_close(primal.double().cpu(), exact(x.double())[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(tangent.double().cpu(), (ahead - behind).detach() / (2 * step), rtol=1e-5, atol=1e-5)
 
 
 def test_a_compiled_module_runs_the_kernels_too():

@@ -149,16 +149,16 @@ class TestValues:
         close(gate0.grad @ w_hh, args[5].grad)
 
     @pytest.mark.parametrize("H", [1, 7, 8, 9, 20])
-    def test_gates_are_packed_in_groups_of_eight_units(self, H):
+    def test_the_four_gates_of_a_unit_lie_side_by_side(self, H):
         _, _, _, gates, cells = layer(*draw(2, 3, 2, H).values(), None, False, True)
         plain = torch.stack(aten.unpack_gates(gates, H))  # [4, T, B, H]
         padded = (H + 7) // 8 * 8
         assert gates.shape == (2, 3, 4 * padded)
         assert cells.shape == (2, 3, padded)
         for unit, gate in itertools.product(range(H), range(4)):
-            assert torch.equal(gates[..., unit // 8 * 32 + gate * 8 + unit % 8], plain[gate, ..., unit])
+            assert torch.equal(gates[..., 4 * unit + gate], plain[gate, ..., unit])
         unused = torch.ones(4 * padded, dtype=torch.bool)
-        unused[[u // 8 * 32 + k * 8 + u % 8 for u in range(H) for k in range(4)]] = False
+        unused[: 4 * H] = False
         assert (gates[..., unused] == 0).all()
         assert (cells[..., H:] == 0).all()
 
@@ -279,14 +279,17 @@ class TestDerivatives:
         for name, arg in zip(("x", "w_ih", "w_hh", "b", "b", "h0", "c0"), args, strict=True):
             close(arg.grad, expected[name], name)
 
-    def test_double_backward_on_the_kernel_path_raises(self, monkeypatch):
-        # The plain operators stand in for the kernels, which are the ones that have no double backward.
-        monkeypatch.setattr(ops, "runs_kernels", lambda x: True)
-        monkeypatch.setattr(ops, "_engine", lambda x: aten)
-        args = leaves(draw(3, 2, 2, 3, torch.float32))
-        (grad,) = torch.autograd.grad(layer(*args, None, False, False)[0].sum(), args[0], create_graph=True)
-        with pytest.raises(NotImplementedError, match=r"no double backward yet.*torch\.float64"):
-            grad.sum().backward()
+    def test_the_backward_operator_by_itself_refuses_to_be_differentiated(self):
+        args = leaves(draw(3, 2, 2, 3))
+        with torch.no_grad():
+            out, _, _, gates, cells = layer(*args, None, False, True)
+        x, w_ih, w_hh, _, _, h0, c0 = args
+        upstream = torch.ones_like(out).requires_grad_()
+        results = torch.ops.tritlstm.layer_backward(
+            upstream, None, None, x, w_ih, w_hh, h0, c0, None, out, gates, cells, False, (True,) * 7
+        )
+        with pytest.raises(NotImplementedError, match=r"layer twice.*create_graph=True"):
+            results[0].sum().backward()
 
     def test_func_grad_and_vmap_equal_autograd(self):
         x, *rest = draw(3, 2, 2, 3).values()
@@ -303,12 +306,34 @@ class TestDerivatives:
         got = torch.func.vmap(torch.func.grad(loss))(many, scales)
         close(got, torch.stack((expected(x, 2.0), expected(-x, 3.0))))
 
-    def test_forward_mode_raises_instead_of_giving_zero(self):
-        x, *rest = draw(3, 2, 2, 3).values()
-        with pytest.raises(NotImplementedError, match="jvp"), torch.autograd.forward_ad.dual_level():
-            layer(torch.autograd.forward_ad.make_dual(x, x), *rest, None, False, False)
-        with pytest.raises(NotImplementedError, match="jvp"):
-            torch.func.jvp(lambda x: ops.layer(x, *rest)[0], (x,), (x,))
+    @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+    def test_forward_mode_equals_finite_differences(self, reverse):
+        inputs = list(draw(3, 2, 2, 3).values())
+        lengths = torch.tensor([2, 3], dtype=torch.int32)
+        directions = [torch.randn_like(value) for value in inputs]
+
+        def run(step: float) -> tuple[Tensor, ...]:
+            moved = [value + step * way for value, way in zip(inputs, directions, strict=True)]
+            return layer(*moved, lengths, reverse, False)[:3]
+
+        expected = [(a - b) / 2e-6 for a, b in zip(run(1e-6), run(-1e-6), strict=True)]
+        forward_ad = torch.autograd.forward_ad
+        with forward_ad.dual_level():
+            duals = [forward_ad.make_dual(*pair) for pair in zip(inputs, directions, strict=True)]
+            got = [forward_ad.unpack_dual(r).tangent for r in layer(*duals, lengths, reverse, False)[:3]]
+        _, func = torch.func.jvp(
+            lambda *args: ops.layer(*args, lengths, reverse)[:3], tuple(inputs), tuple(directions)
+        )
+        for a, b, c in zip(got, func, expected, strict=True):
+            torch.testing.assert_close(a, c, rtol=1e-6, atol=1e-8)
+            torch.testing.assert_close(b, c, rtol=1e-6, atol=1e-8)
+
+    @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+    def test_gradcheck_in_forward_mode(self, reverse):
+        args = leaves(draw(3, 2, 2, 3))
+        assert torch.autograd.gradcheck(
+            lambda *args: layer(*args, None, reverse, False)[:3], args, check_forward_ad=True, check_backward_ad=False
+        )
 
 
 class TestRegistration:

@@ -53,7 +53,7 @@ class LSTM(nn.RNNBase):
         f, g, o. Drawn from U(-1/sqrt(H), 1/sqrt(H)).
 
     Errors are torch.nn.LSTM's, in type and words. A packed input is checked like any other, which torch
-    omits. Double backward raises NotImplementedError on the Triton path.
+    omits. Second and forward-mode derivatives run in plain PyTorch operators.
 
     Example:
         >>> rnn = tritlstm.LSTM(10, 20, num_layers=2)

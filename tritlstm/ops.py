@@ -22,15 +22,15 @@ T time steps, B batch, D input size, H hidden size, HX = H rounded up to a multi
     save     return what backward needs; switched on by itself where autograd records
     gate0    [B, 4H] or None, added to the gates before activation at each sequence's first processed step
     out      [T, B, H]   h_n [B, H], of x's dtype    c_n [B, H], of c0's dtype
-    gates    [T, B, 4 HX] of x's dtype, after activation; gate k of unit u in column
-             (u // 8) * 32 + k * 8 + u % 8
+    gates    [T, B, 4 HX] of x's dtype, after activation; gate k of unit u in column 4 u + k
     cells    [T, B, HX]  float32 (float64 for float64 inputs). Both are finite, but without meaning, in units
              beyond H and steps beyond a sequence's end, and empty(0) where nothing is saved
     needs    seven flags, one per result; a result not needed is empty(0). grad_b [4H] is that of either bias
 
-Wrong arguments raise ValueError with the value received. First derivatives everywhere; higher ones where the
-plain operators run, while the Triton kernels raise NotImplementedError for them. Under autocast every tensor
-except c0 and lengths is cast to the autocast dtype; the cell state stays float32.
+Wrong arguments raise ValueError with the value received. Derivatives of every order of `layer`: the Triton kernels
+compute results and first gradients; a gradient that is to be differentiated itself (`create_graph=True`) and
+forward-mode derivatives are computed by the plain operators, on any device, from the inputs anew. Under autocast
+every tensor except c0 and lengths is cast to the autocast dtype; the cell state stays float32.
 """
 
 from __future__ import annotations
@@ -69,6 +69,8 @@ def layer(
 ) -> Results:
     """`torch.ops.tritlstm.layer`, which also works inside `torch.func.grad` and `torch.func.vmap`."""
     args = (x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse)
+    if not torch.compiler.is_compiling() and _dual() and not torch.is_autocast_enabled(x.device.type):
+        return _plain_forward(*args, True, gate0)
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
         return _layer(*args, save, gate0)
     # A torch.func transform must meet the Function itself, not an operator that hides it.
@@ -148,6 +150,13 @@ def _forward_fake(
     )
 
 
+def _plain_forward(*args: Any) -> Results:
+    """The layer in plain operators, which autograd differentiates in every mode."""
+    _check(*args)
+    out, h_n, c_n, gates, cells = aten.forward(*args)
+    return out, h_n, c_n.to(args[6].dtype), gates, cells
+
+
 def _backward_fake(
     grad_out: Tensor | None,
     grad_h_n: Tensor | None,
@@ -190,7 +199,7 @@ class _Layer(torch.autograd.Function):
         *before, need_b_ih, need_b_hh, need_h0, need_c0, _, _, _, need_gate0 = ctx.needs_input_grad
         needs = (*before, need_b_ih or need_b_hh, need_h0, need_c0, need_gate0)
         inputs = (*grads[:3], x, w_ih, w_hh, h0, c0, lengths)
-        if torch.is_grad_enabled() and not runs_kernels(x):
+        if torch.is_grad_enabled():
             # Someone may differentiate the gradient: what was saved becomes a function of the inputs again,
             # and the gradient a chain of plain operators.
             forward = (x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, ctx.reverse, True, gate0)
@@ -216,9 +225,8 @@ class _LayerBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         raise NotImplementedError(
-            "tritlstm: the Triton kernels have no double backward yet. Convert the module and its input to "
-            "torch.float64, which runs plain PyTorch operators, or use torch.nn.LSTM for the part of the "
-            "model whose gradient is differentiated, inside torch.backends.cudnn.flags(enabled=False)"
+            "tritlstm: torch.ops.tritlstm.layer_backward can't be differentiated by itself. Differentiate "
+            "torch.ops.tritlstm.layer twice: torch.autograd.grad(..., create_graph=True)"
         )
 
 
@@ -242,7 +250,7 @@ def _recorded(args: tuple[Any, ...]) -> bool:
 
 
 def _dual() -> bool:
-    """Whether forward-mode differentiation is on: the Function then refuses what would be a silent zero."""
+    """Whether forward-mode differentiation is on, of which an autograd.Function would give a silent zero."""
     return forward_ad._current_level >= 0
 
 
@@ -262,7 +270,9 @@ def _forward_autograd(
     tensors = (x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths)
     recorded = _recorded((*tensors, gate0))
     args = (*tensors, reverse, save or recorded, gate0)
-    return _Layer.apply(*args) if recorded or _dual() else _below_autograd(_layer, args)
+    if _dual():
+        return _plain_forward(*args)
+    return _Layer.apply(*args) if recorded else _below_autograd(_layer, args)
 
 
 def _backward_autograd(*args: Any) -> tuple[Tensor, ...]:
