@@ -171,7 +171,7 @@ def _kernels(
     if getattr(module, "proj_size", 0):
         notes.append("projection is folded into w_hh, so the recurrence runs at the full width H")
     if training:
-        notes.append("a gradient that is differentiated itself (create_graph=True) runs in plain PyTorch operators")
+        notes.append("derivatives of a gradient and forward-mode ones run in plain PyTorch operators")
     if data.dtype == torch.float32:
         notes.append(f"fp32 products in {precision}, as torch.backends.cudnn.rnn.fp32_precision asks")
     where = f"{device.name} ({device.arch}, {device.sms} multiprocessors, {device.shared_bytes} bytes of shared memory)"

@@ -185,12 +185,25 @@ def _zero_states(x: Tensor, batch: int, options: Options) -> States:
 def _run(
     x: Tensor, batch_sizes: Tensor | None, hx: States, weights: list[Tensor], options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if runs_kernels(x) or _compiles_training(x):
+    if runs_operators(x):
         return _run_operators(x, batch_sizes, hx, weights, options)
     settings = (options.bias, options.num_layers, options.dropout, options.training, options.bidirectional)
     if batch_sizes is None:
         return _VF.lstm(x, hx, weights, *settings, options.batch_first)
     return _VF.lstm(x, batch_sizes, hx, weights, *settings)
+
+
+def runs_operators(x: Tensor) -> bool:
+    """Whether `torch.ops.tritlstm.layer` runs, and not torch's own LSTM."""
+    return runs_kernels(x) or _compiles_training(x) or transforms(x)
+
+
+def transforms(x: Tensor) -> bool:
+    """Whether vmap or forward mode is on, which torch's own LSTM and LSTMCell do not know, or not in float32."""
+    if torch.compiler.is_compiling() or x.device.type not in ("cpu", "cuda"):
+        return False
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return ops.forward_mode() or any(level.key() != torch._C._functorch.TransformType.Grad for level in stack)
 
 
 def check_lengths(lengths: Lengths, steps: int, batch: int) -> Tensor:
@@ -218,7 +231,7 @@ def _traced() -> bool:
 
 def packs(x: Tensor) -> bool:
     """Whether a batch with lengths runs as packed data in torch's own LSTM, for which the host reads the lengths."""
-    return not (x.is_cuda or x.is_meta or runs_kernels(x) or _traced())
+    return not (x.is_cuda or x.is_meta or runs_operators(x) or _traced())
 
 
 def _run_lengths(

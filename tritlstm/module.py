@@ -137,7 +137,7 @@ class LSTMCell(nn.LSTMCell):
     """
 
     def forward(self, input: Tensor, hx: States | None = None) -> States:
-        if not functional.runs_kernels(input):
+        if not (functional.runs_kernels(input) or functional.transforms(input)):
             return super().forward(input, hx)
         for name, value in (("input", input), *((f"hx[{k}]", state) for k, state in enumerate(hx or ()))):
             if value.dim() not in (1, 2):
