@@ -108,7 +108,7 @@ def explain(
         dtype = torch.get_autocast_dtype(data.device.type)
     if not data.is_cuda and not emulator.active():
         notes = (
-            "compiled training on the CPU runs the layer in PyTorch's own operators instead",
+            "compiled training and an export with a dynamic T run the layer in plain PyTorch operators instead",
             "tritlstm.emulator.emulate() runs the Triton kernels on a CPU, for tests",
         )
         reason = f"tensors on {data.device.type}: torch's own LSTM is the fast one there"
