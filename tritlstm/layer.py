@@ -6,12 +6,14 @@ Arguments are trusted: :mod:`tritlstm.functional` validates them.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import emulator, plan, status
+from . import aten, emulator, plan, status
+from .cell_options import PLAIN, Cell
 from .kernels import exchange
 from .kernels.launch import Launch
 from .plan import padded
@@ -113,14 +115,18 @@ def forward(
     reverse: bool,
     save: bool,
     gate0: Tensor | None = None,
+    cell: Cell = PLAIN,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Forward of one layer and direction.
 
     ``x`` [T, B, D], ``w_ih`` [4H, D], ``w_hh`` [4H, H], biases [4H], ``h0`` and ``c0`` [B, H], ``lengths``
     int32 [B], ``gate0`` [B, 4H] added to the pre-activations of each sequence's first step. All of one dtype.
+    ``cell`` is how the cell differs from the plain one.
 
     Returns ``out`` [T, B, H], ``h_n`` and ``c_n`` [B, H] and, if ``save``, what :func:`backward` needs:
-    ``gates`` [T, B, 4 HX], the four of a unit side by side, and ``cells`` [T, B, HX] in fp32 (else empty).
+    ``gates`` [T, B, 4 HX], the four of a unit side by side (empty with ``recompute``), and ``cells`` [T, B, HX] in fp32
+    (else empty).
     """
     length, batch, _ = x.shape
     hidden = w_hh.shape[1]
@@ -128,14 +134,13 @@ def forward(
     precision = plan.dot_precision(x)
     device = plan.device_of(x)
     layout = plan.recurrent("forward", length, batch, hidden, x.dtype, device, precision, save, _overrides())
+    cuts = aten.cut_steps(cell.resets, lengths, reverse)
+    separate = width != hidden or cell.h_scale is not None
+    layout = _with_cell(layout, cell, SEPARATE_OUT=separate, KEEP_GATES=not recompute)
 
     gates = _input_products(x, w_ih, b_ih, b_hh, hidden, device, precision)
-    if gate0 is not None:
-        first = _first_rows(length, batch, lengths, reverse, x.device)
-        flat = gates.view(length * batch, 4 * width)
-        flat[first] += pack_rows(gate0.t()).t().to(flat.dtype)
+    _add_gate0(gates, gate0, cuts, lengths, reverse)
 
-    separate = width != hidden
     buffer = _exchange_buffer((length, batch, width), x, layout.protocol)
     out = torch.empty((length, batch, hidden), dtype=x.dtype, device=x.device) if separate else buffer
     cells = torch.empty((length, batch, width) if save else (0,), dtype=torch.float32, device=x.device)
@@ -161,12 +166,68 @@ def forward(
         "T": length,
         "B": batch,
         "reverse": int(reverse),
+        **_cell_arguments(cell, cuts),
+        "entry_ptr": _entry(h0, cell, width),
     }
     for begin, end in _steps(layout, length):
         _run(layout.launch({**arguments, "step_begin": begin, "step_end": end}))
     status.check(flag)
     empty = x.new_empty(0)
-    return out, h_n, c_n.to(c0.dtype), gates if save else empty, cells
+    return out, h_n, c_n.to(c0.dtype), gates if save and not recompute else empty, cells
+
+
+def _with_cell(layout: plan.RecurrentPlan, cell: Cell, **constants: Any) -> plan.RecurrentPlan:
+    """``layout`` with the constexpr parameters that ``cell`` and ``constants`` change."""
+    gate, node, shown = cell.activations
+    constants |= {
+        "COUPLED": cell.coupled,
+        "CLIP": cell.cell_clip or None,
+        "ZONEOUT_H": cell.zoneout_h,
+        "ZONEOUT_C": cell.zoneout_c,
+        "GATE": gate,
+        "NODE": node,
+        "SHOWN": shown,
+    }
+    defaults = {**layout.constants, **_CELL_DEFAULTS}
+    changed = {name: value for name, value in constants.items() if value != defaults[name]}
+    return dataclasses.replace(layout, cell=tuple(changed.items())) if changed else layout
+
+
+#: Of the kernels' constexpr parameters that belong to a variant.
+_CELL_DEFAULTS = {"KEEP_GATES": True, "COUPLED": False, "CLIP": None, "ZONEOUT_H": 0.0, "ZONEOUT_C": 0.0, "GATE": 0,
+                  "NODE": 1, "SHOWN": 1}  # fmt: skip
+
+
+def _cell_arguments(cell: Cell, cuts: Tensor | None) -> dict[str, Tensor]:
+    """The kernels' pointers that belong to a variant; what is not given stays None."""
+    given = {
+        "cuts_ptr": None if cuts is None else cuts[..., 0].to(torch.int32).contiguous(),
+        "peephole_ptr": cell.peephole,
+        "h_scale_ptr": cell.h_scale,
+        "noise_ptr": cell.noise if cell.zoneout_h or cell.zoneout_c else None,
+    }
+    return {name: value.contiguous() for name, value in given.items() if value is not None}
+
+
+def _entry(h0: Tensor, cell: Cell, width: int) -> Tensor | None:
+    """h0 as the product reads it, [B + 1, HX] with a row of zeros for states that were reset; None: h0 as it is."""
+    if cell.h_scale is None and cell.resets is None:
+        return None
+    scaled = h0 if cell.h_scale is None else h0 * cell.h_scale
+    return torch.nn.functional.pad(scaled, (0, width - h0.shape[1], 0, 1))
+
+
+def _add_gate0(
+    gates: Tensor, gate0: Tensor | None, cuts: Tensor | None, lengths: Tensor | None, reverse: bool
+) -> None:
+    if gate0 is None:
+        return
+    length, batch, _ = gates.shape
+    first = _first_rows(length, batch, lengths, reverse, gates.device)
+    if cuts is not None:
+        gate0 = torch.where(cuts.view(-1, 1)[first], 0, gate0)
+    flat = gates.view(length * batch, -1)
+    flat[first] += pack_rows(gate0.t()).t().to(flat.dtype)
 
 
 def _input_products(

@@ -184,6 +184,8 @@ class RecurrentPlan:
     max_registers: int | None = None
     amd: bool = False
     spin_limit: int = SPIN_LIMIT
+    #: Constexpr parameters of a variant of the cell that are not the kernel's defaults.
+    cell: tuple[tuple[str, Any], ...] = ()
 
     @property
     def prologue(self) -> int:
@@ -218,8 +220,8 @@ class RecurrentPlan:
         }
         if self.direction == "forward":
             separate = padded(self.hidden) != self.hidden
-            return {**constants, "SAVE": self.save, "SEPARATE_OUT": separate}
-        return {**constants, "SPLIT": self.split}
+            return {**constants, "SAVE": self.save, "SEPARATE_OUT": separate, **dict(self.cell)}
+        return {**constants, "SPLIT": self.split, **dict(self.cell)}
 
     def launch(self, arguments: dict[str, Any]) -> Launch:
         """The launch with its tensors and sizes filled in."""
