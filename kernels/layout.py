@@ -59,6 +59,15 @@ def batch_of_cells(batch_begin, BLOCK_B: tl.constexpr):
 
 
 @triton.jit
+def place_of_cells(BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr):
+    """Where the cells of a tile lie in a ``[BLOCK_H, BLOCK_B]`` of memory."""
+    # By a reshape, so that the compiler does not see neighbours and deal them out in another way than other cells.
+    fast = tl.reshape(tl.arange(0, 8), (1, 1, 8))
+    slow = tl.arange(0, BLOCK_B // 8) * 8
+    return unit_of_cells(0, BLOCK_H) * BLOCK_B + slow[:, None, None] + fast
+
+
+@triton.jit
 def split_gates(tile):
     """``[..., 2, 2]`` to four tiles ``[...]``: i, f, g, o."""
     i_g, f_o = tl.split(tile)

@@ -108,9 +108,9 @@ def backward(
     else:
         inputs = _input_product(x, w_ih, *rebuild, cuts, lengths, reverse)
         i, f, g, o, _ = activate(inputs + sent @ w_hh.to(wide).t(), c_prev, cell)
-    candidate = cells[..., : h0.size(1)] if cell.zoneout_c == 0 else _candidate(i, f, g, c_prev, cell)
+    c_new = cells[..., : h0.size(1)] if cell.zoneout_c == 0 else candidate(i, f, g, c_prev, cell)
     grad_gates, grad_h0, grad_c0 = _walk_back(
-        grad_out, grad_h_n, grad_c_n, w_hh.to(wide), lengths, cuts, (i, f, g, o), candidate, c_prev, reverse, cell
+        grad_out, grad_h_n, grad_c_n, w_hh.to(wide), lengths, cuts, (i, f, g, o), c_new, c_prev, reverse, cell
     )
     rows = grad_gates.flatten(0, 1)  # [T B, 4H]
     starts = first if cuts is None else first & ~cuts
@@ -122,7 +122,7 @@ def backward(
         lambda: grad_h0.to(h0.dtype, copy=True),
         lambda: grad_c0.to(c0.dtype, copy=True),
         lambda: torch.where(starts, grad_gates, 0).sum(0).to(x.dtype),
-        lambda: peephole_gradient(grad_gates, c_prev, candidate).to(x.dtype),
+        lambda: peephole_gradient(grad_gates, c_prev, c_new).to(x.dtype),
     )
     return tuple(result() if need else x.new_empty(0) for result, need in zip(results, needs, strict=False))
 
@@ -135,12 +135,12 @@ def activate(pre: Tensor, c_prev: Tensor, cell: Cell) -> tuple[Tensor, Tensor, T
     i = _activation(gate, pre_i if p_i is None else pre_i + p_i * c_prev)
     f = 1 - i if cell.coupled else _activation(gate, pre_f if p_f is None else pre_f + p_f * c_prev)
     g = _activation(node, pre_g)
-    c = _candidate(i, f, g, c_prev, cell)
+    c = candidate(i, f, g, c_prev, cell)
     o = _activation(gate, pre_o if p_o is None else pre_o + p_o * c)
     return i, f, g, o, c
 
 
-def _candidate(i: Tensor, f: Tensor, g: Tensor, c_prev: Tensor, cell: Cell) -> Tensor:
+def candidate(i: Tensor, f: Tensor, g: Tensor, c_prev: Tensor, cell: Cell) -> Tensor:
     c = f * c_prev + i * g
     return c.clamp(-cell.cell_clip, cell.cell_clip) if cell.cell_clip else c
 
