@@ -1,8 +1,8 @@
 """The LSTM cell's algebra and its derivative, in fp32, element by element.
 
 Both recurrent kernels call these and nothing else does the arithmetic again. Gate order is i, f, g, o.
-Source: Hochreiter & Schmidhuber (1997) with the forget gate of Gers et al. (2000), as in ``torch.nn.LSTM``. What a variant
-changes (``tritlstm.reference.Variant`` has its equations) are compile-time branches: off, they leave no trace.
+Source: Hochreiter & Schmidhuber (1997) with the forget gate of Gers et al. (2000), as in ``torch.nn.LSTM``. What a
+variant changes (``tritlstm.reference.Variant`` has its equations) are compile-time branches: off, they leave no trace.
 
 ``EXACT`` is for results that are kept in fp32: an exponential with its argument reduced, correctly rounded
 division, and a ``tanh`` without cancellation; the short forms err by a few 1e-7 of 1, more for large arguments.

@@ -1,4 +1,4 @@
-"""Random bits that depend on a seed, an offset, a stream and a place, and on nothing else: those of ``tritlstm.random_bits``."""
+"""Random bits that depend on a seed, an offset, a stream and a place: those of ``tritlstm.random_bits``."""
 
 import triton
 import triton.language as tl

@@ -22,9 +22,10 @@ def _weight_chunk(
 
 @triton.jit
 def _single_weights(w_ptr, gate: tl.constexpr, H: tl.constexpr, HX: tl.constexpr, BLOCK_H: tl.constexpr):
-    unit = tl.arange(0, BLOCK_H)
-    inside = (unit[:, None] < HX) & (unit[None, :] < H)
-    return tl.load(w_ptr + (gate * H + unit[None, :]) * HX + unit[:, None], mask=inside, other=0.0)
+    unit = layout.unit_of_sum(tl.arange(0, BLOCK_H), BLOCK_H)[:, None]
+    from_unit = tl.arange(0, BLOCK_H)[None, :]
+    inside = (unit < HX) & (from_unit < H)
+    return tl.load(w_ptr + (gate * H + from_unit) * HX + unit, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -238,7 +239,7 @@ def recurrent_backward(
                 acc = tl.dot(weights[1], layout.matrix(own_f, BLOCK_H, BLOCK_B), acc, input_precision=PRECISION)
                 acc = tl.dot(weights[2], layout.matrix(own_g, BLOCK_H, BLOCK_B), acc, input_precision=PRECISION)
                 acc = tl.dot(weights[3], layout.matrix(own_o, BLOCK_H, BLOCK_B), acc, input_precision=PRECISION)
-                from_later = layout.cells(acc, BLOCK_H, BLOCK_B)
+                from_later = layout.cells_of_sum(acc, BLOCK_H, BLOCK_B)
             else:
                 alive = exchange.await_count(counter, n_blocks * step, alive, status_ptr, step, spin_limit, PROTOCOL)
                 # In the first step nobody has a gradient to pass on: what is read instead is not used.

@@ -283,7 +283,7 @@ def test_backward_alone_can_t_be_differentiated():
         out, None, None, x, w_ih, w_hh, b_ih, b_hh, h0, c0, None, out, gates, cells, False, None, [True] * 7 + [False],
         *Cell(), False,
     )  # fmt: skip
-    with pytest.raises(NotImplementedError, match="Differentiate torch.ops.tritlstm.variant_layer twice"):
+    with pytest.raises(NotImplementedError, match=r"Differentiate torch\.ops\.tritlstm\.variant_layer twice"):
         got[0].sum().backward()
 
 

@@ -1,7 +1,8 @@
 """One LSTM layer in one direction, written with plain PyTorch operators: forward and hand-derived backward.
 
-This is what the operators of `tritlstm.ops` and `tritlstm.variant_ops` compute where the Triton kernels do not run (the
-CPU, float64). It is the formula, not the fast path: one large product over all time steps, then a Python loop over them.
+This is what the operators of `tritlstm.ops` and `tritlstm.variant_ops` compute where the Triton kernels do not run
+(the CPU, float64). It is the formula, not the fast path: one large product over all time steps, then a Python loop
+over them.
 Every function here is pure and differentiable, so running `forward` and `backward` under autograd gives
 derivatives of any order.
 
@@ -202,7 +203,7 @@ def previous_states(
 
 def zones(
     cell: Cell, shape: tuple[int, ...], dtype: torch.dtype
-) -> tuple[Sequence[Tensor] | None, Sequence[Tensor] | None]:
+) -> tuple[Tensor | None, Tensor | None]:
     """Which part of h and of c, [T, B, H] = `shape`, stays as it was in the step before; None where nothing does."""
     probabilities = (cell.zoneout_h, cell.zoneout_c)
     if not any(probabilities):

@@ -203,7 +203,8 @@ def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tupl
     types: dict[str, str] = {}
     constants = dict(launch.constants)
     attributes: dict[tuple[int, ...], list] = {}
-    for position, (name, parameter) in enumerate(inspect.signature(kernel_function(launch.kernel).fn).parameters.items()):
+    parameters = inspect.signature(kernel_function(launch.kernel).fn).parameters
+    for position, (name, parameter) in enumerate(parameters.items()):
         value = launch.arguments.get(name)
         if name in launch.constants or value is None:
             types[name] = "constexpr"

@@ -288,8 +288,8 @@ def backward(
     """Backward of :func:`forward`, from what it saved.
 
     Returns the gradients of x, w_ih, w_hh, the bias sum [4H], h0, c0 and gate0 [B, 4H], each an empty tensor
-    where ``needs`` says so; with an eighth flag in ``needs`` also that of ``cell.peephole``. ``rebuild``, b_ih, b_hh and
-    gate0 of the forward pass, says that ``gates`` were not saved.
+    where ``needs`` says so; with an eighth flag in ``needs`` also that of ``cell.peephole``. ``rebuild``, b_ih, b_hh
+    and gate0 of the forward pass, says that ``gates`` were not saved.
     """
     length, batch, features = x.shape
     hidden = w_hh.shape[1]

@@ -305,7 +305,7 @@ def _candidates(problem: _Problem) -> Iterator[RecurrentPlan]:
             continue
         whole = _power_of_two(padded(hidden), 16)
         if whole <= 128 and not problem.one_step:
-            yield from _feasible(problem, "single", whole, block_b, 1, 4 if whole < 32 else 8)
+            yield from _feasible(problem, "single", whole, block_b, 1, _single_warps(problem, whole))
         for tier in ("step",) if problem.one_step else ("persistent", "streaming", "step"):
             for block_h, parts in _teams(problem, tier):
                 if block_h > 16 and block_h * parts >= 2 * padded(hidden):
@@ -338,6 +338,13 @@ def _num_warps(problem: _Problem, units: int) -> int:
     if _scalar_products(problem):
         return 8
     return min(8, max(4, units * (4 if problem.direction == "forward" else 1) // 16))
+
+
+def _single_warps(problem: _Problem, units: int) -> int:
+    # Backward 16 of the product's rows a warp: eight would multiply 64 rows twice.
+    if problem.direction == "backward" and not _scalar_products(problem):
+        return max(units // 16, 2 if problem.device.warp_size == 64 else 1)
+    return 4 if units < 32 else 8
 
 
 #: 32-bit registers of what a thread receives at a time, at most.

@@ -46,8 +46,8 @@ steps::
 Both biases enter as a sum, so b_ih and b_hh have the same gradient. For the reverse direction flip ``x`` in
 time, call :func:`forward`, and flip the results.
 
-A :class:`Variant` changes the cell. With all of it, where φ, ψ, χ are the activations of the gates, the input node and the
-output, P the peephole weights, m the scale of h, and k^h, k^c the parts that zoneout keeps::
+A :class:`Variant` changes the cell. With all of it, where φ, ψ, χ are the activations of the gates, the input node
+and the output, P the peephole weights, m the scale of h, and k^h, k^c the parts that zoneout keeps::
 
     H', C' = H_{t-1}, C_{t-1}, or zero where the state is reset before step t
     A      = X_t W_x + (m ⊙ H') W_h + b
@@ -171,6 +171,7 @@ def forward(
     b_hh: ArrayLike | None = None,
     h0: ArrayLike | None = None,
     c0: ArrayLike | None = None,
+    *,
     variant: Variant | None = None,
 ) -> Trace:
     """Run the LSTM over a sequence and keep every gate and state.

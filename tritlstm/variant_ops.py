@@ -1,20 +1,22 @@
-"""The operators `torch.ops.tritlstm.variant_layer` and `variant_layer_backward`: `layer` with everything that may differ.
+"""The operators `torch.ops.tritlstm.variant_layer` and `variant_layer_backward`: `layer` with all that may differ.
 
 The arguments and results of `torch.ops.tritlstm.layer` (see `tritlstm.ops`), and after them
 
-    resets       [T, B] bool or None: the state is zeroed before step t. It parts steps t - 1 and t in both directions: in
-                 reverse the state is zeroed before step t - 1. Resets at or past lengths[b] part nothing
+    resets       [T, B] bool or None: the state is zeroed before step t. It parts steps t - 1 and t in both directions:
+                 in reverse the state is zeroed before step t - 1. Resets at or past lengths[b] part nothing
     peephole     [3H] or None: weights of the cell in the input, forget and output gate (order i, f, o)
     h_scale      [B, H] or None: times h on its way into the recurrent product, at every step; has no gradient
-    noise        [3] int64 or None: seed, offset and stream of zoneout's bits (`tritlstm.random_bits`); None takes their mean
+    noise        [3] int64 or None: seed, offset and stream of zoneout's bits (`tritlstm.random_bits`); None takes
+                 their mean
     coupled      the forget gate is 1 - i; its rows of weights and its peephole are not used
     cell_clip    c is clamped to [-cell_clip, cell_clip] before anything reads it; 0: it is not
     zoneout_h, zoneout_c   probability with which a unit of h, of c keeps its value of the step before
     activations  three codes, places in `tritlstm.cell_options.ACTIVATIONS`: gates, input node, cell on its way out
     recompute    save the cells and no gates; backward rebuilds them by one product over all steps
 
-`tritlstm.reference.Variant` has the equations. `variant_layer_backward` takes b_ih, b_hh, gate0 and all of the above too, eight
-flags in `needs`, and returns the gradient of `peephole` as an eighth result. Derivatives of every order, as of `layer`.
+`tritlstm.reference.Variant` has the equations. `variant_layer_backward` takes b_ih, b_hh, gate0 and all of the above
+too, eight flags in `needs`, and returns the gradient of `peephole` as an eighth result. Derivatives of every order, as
+of `layer`.
 """
 
 from __future__ import annotations
@@ -103,7 +105,8 @@ def _plain_forward(*args: Any) -> Results:
     """The layer in plain operators, which autograd differentiates in every mode."""
     _check(*args)
     cell, _ = _cell(args[_FORWARD:])
-    out, h_n, c_n, gates, cells = aten.forward(*args[:_FORWARD], cell)
+    run: Any = aten.forward
+    out, h_n, c_n, gates, cells = run(*args[:_FORWARD], cell)
     return out, h_n, c_n.to(args[6].dtype), gates, cells
 
 
@@ -167,7 +170,8 @@ class _Variant(torch.autograd.Function):
             # and the gradient a chain of plain operators.
             with torch.autocast(args[0].device.type, enabled=False):
                 cell, _ = _cell(args[_FORWARD:])
-                out, _, _, gates, cells = aten.forward(*args[:9], True, gate0, cell)
+                run: Any = aten.forward
+                out, _, _, gates, cells = run(*args[:9], True, gate0, cell)
                 results = _backward_on(aten, *grads[:3], *args[:8], out, gates, cells, *tail[:-1], False)
         else:
             results = _variant_backward(*grads[:3], *args[:8], out, gates, cells, *tail)
@@ -221,7 +225,8 @@ def _forward_autocast(*args: Any) -> Results:
 
     with torch.autocast(device, enabled=False):
         given = [cast(k, value) for k, value in enumerate(args)]
-        return layer(*given[:_FORWARD], *_cell(given[_FORWARD:]))
+        run: Any = layer
+        return run(*given[:_FORWARD], *_cell(given[_FORWARD:]))
 
 
 def _backward_autocast(*args: Any) -> tuple[Tensor, ...]:
