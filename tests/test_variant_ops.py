@@ -75,7 +75,7 @@ class Problem:
         resets = torch.rand((t, b), generator=generator) < 0.4 if kind.get("resets") else None
         peephole = normal(3 * h, scale=0.7) if kind.get("peephole") else None
         kept = torch.rand((b, h), generator=generator) < 0.6
-        h_scale = (kept * 1.5).to(dtype) if kind.get("h_scale") else None
+        h_scale = (kept * 1.5).to(torch.promote_types(dtype, torch.float32)) if kind.get("h_scale") else None
         noise = torch.tensor(NOISE) if kind.get("noise") else None
         codes = tuple(ACTIVATIONS.index(name) for name in activations)
         coupled, clip = kind.get("coupled", False), kind.get("cell_clip")
@@ -311,7 +311,7 @@ def test_autocast_keeps_the_cell_wide_and_casts_the_rest():
     with torch.autocast("cpu", torch.bfloat16):
         out, h_n, c_n, _, _ = variant_ops.layer(*args, cell=cell)
     low = [value.bfloat16() for value in args[:6]]
-    cast = cell._replace(peephole=cell.peephole.bfloat16(), h_scale=cell.h_scale.bfloat16())
+    cast = cell._replace(peephole=cell.peephole.bfloat16())
     expected = variant_ops.layer(*low, args[6], cell=cast)
     assert (out.dtype, h_n.dtype, c_n.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
     assert torch.equal(out, expected[0])

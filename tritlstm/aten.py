@@ -14,6 +14,7 @@ as it is when it is exchanged between thread blocks.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,18 @@ from . import random_bits
 from .cell_options import PLAIN, Cell
 
 GROUP = 8  # HX is a multiple of this: rows of a 16-bit state then begin at multiples of 16 bytes
+
+
+class Norm(NamedTuple):
+    """Layer normalisation of both products and of the cell on its way out (Ba, Kiros & Hinton, 2016).
+
+    LN(x W_x) and LN(h W_h), each over all 4H, get a gain and, as a bias, b_ih and b_hh; h = o tanh(LN(c)).
+    """
+
+    ih: Tensor  # [4H], gain
+    hh: Tensor  # [4H]
+    c: Tensor  # [H]
+    c_bias: Tensor  # [H]
 
 
 def forward(
@@ -39,14 +52,19 @@ def forward(
     gate0: Tensor | None = None,
     cell: Cell = PLAIN,
     recompute: bool = False,
+    norm: Norm | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run the layer over all time steps; arguments and results are those of `torch.ops.tritlstm.layer`.
 
-    With `recompute` only the cells are saved: `backward` rebuilds the gates.
+    With `recompute` only the cells are saved: `backward` rebuilds the gates. `norm` normalises; of that `backward`
+    knows nothing, autograd does.
     """
     wide = state_dtype(x.dtype)
     cuts = cut_steps(cell.resets, lengths, reverse)
-    inputs = _input_product(x, w_ih, b_ih, b_hh, gate0, cuts, lengths, reverse)  # [T, B, 4H]
+    biases = (b_ih, b_hh) if norm is None else (None, None)
+    inputs = _input_product(x, w_ih, *biases, gate0, cuts, lengths, reverse)  # [T, B, 4H]
+    if norm is not None:
+        inputs = _normalized(inputs, norm.ih, b_ih)
     recurrent = w_hh.to(wide).t()
     keep_h, keep_c = zones(cell, (x.size(0), *h0.shape), wide)
     h, c = h0, c0.to(wide)
@@ -55,9 +73,13 @@ def forward(
         h_prev, c_prev = h, c
         if cuts is not None:
             h_prev, c_prev = torch.where(cuts[t], 0, h), torch.where(cuts[t], 0, c)
-        sent = h_prev if cell.h_scale is None else h_prev * cell.h_scale
-        i, f, g, o, c_new = activate(inputs[t] + sent.to(wide) @ recurrent, c_prev, cell)
-        h_new = o * _activation(cell.activations[2], c_new)
+        sent = sent_on(h_prev, cell)
+        product = sent.to(wide) @ recurrent
+        if norm is not None:
+            product = _normalized(product, norm.hh, b_hh)
+        i, f, g, o, c_new = activate(inputs[t] + product, c_prev, cell)
+        shown = c_new if norm is None else _normalized(c_new, norm.c, norm.c_bias)
+        h_new = o * _activation(cell.activations[2], shown)
         if keep_h is not None:
             h_new = keep_h[t] * h_prev.to(wide) + (1 - keep_h[t]) * h_new
         if keep_c is not None:
@@ -100,10 +122,10 @@ def backward(
     pass, says that `gates` were not saved.
     """
     wide = state_dtype(x.dtype)
-    first = first_steps(x.size(0), lengths, reverse, x.device)
+    first = _first_steps(x.size(0), lengths, reverse, x.device)
     cuts = cut_steps(cell.resets, lengths, reverse)
     h_prev, c_prev = previous_states(out, cells, h0, c0.to(wide), cuts, first, reverse)
-    sent = (h_prev if cell.h_scale is None else h_prev * cell.h_scale).to(wide)
+    sent = sent_on(h_prev, cell).to(wide)
     if rebuild is None:
         i, f, g, o = (gate.to(wide) for gate in unpack_gates(gates, h0.size(1)))
     else:
@@ -128,6 +150,11 @@ def backward(
     return tuple(result() if need else x.new_empty(0) for result, need in zip(results, needs, strict=False))
 
 
+def _normalized(values: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+    bias = None if bias is None else bias.to(values.dtype)
+    return F.layer_norm(values, values.shape[-1:], gain.to(values.dtype), bias)
+
+
 def activate(pre: Tensor, c_prev: Tensor, cell: Cell) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Pre-activations [..., 4H] and the cell before to i, f, g, o and the cell before zoneout, each [..., H]."""
     gate, node, _ = cell.activations
@@ -139,6 +166,11 @@ def activate(pre: Tensor, c_prev: Tensor, cell: Cell) -> tuple[Tensor, Tensor, T
     c = candidate(i, f, g, c_prev, cell)
     o = _activation(gate, pre_o if p_o is None else pre_o + p_o * c)
     return i, f, g, o, c
+
+
+def sent_on(h: Tensor, cell: Cell) -> Tensor:
+    """h as the recurrent product receives it."""
+    return h if cell.h_scale is None else (h.to(cell.h_scale.dtype) * cell.h_scale).to(h.dtype)
 
 
 def candidate(i: Tensor, f: Tensor, g: Tensor, c_prev: Tensor, cell: Cell) -> Tensor:
@@ -256,7 +288,7 @@ def _input_product(
             product = product + bias.to(wide)
     if gate0 is None:
         return product
-    first = first_steps(x.size(0), lengths, reverse, x.device)
+    first = _first_steps(x.size(0), lengths, reverse, x.device)
     first = first if cuts is None else first & ~cuts
     return torch.where(first, product + gate0.to(wide), product)
 
@@ -316,7 +348,7 @@ def _walk_back(
         if p_i is not None and p_f is not None:
             c_before = c_before + d_i * p_i + d_f * p_f
         if cell.h_scale is not None:
-            h_before = h_before * cell.h_scale.to(wide)
+            h_before = h_before * cell.h_scale
         if keep_h is not None:
             h_before = h_before + kept_h
         if keep_c is not None:
@@ -339,7 +371,7 @@ def _order(steps: int, reverse: bool) -> range:
     return range(steps - 1, -1, -1) if reverse else range(steps)
 
 
-def first_steps(steps: int, lengths: Tensor | None, reverse: bool, device: torch.device) -> Tensor:
+def _first_steps(steps: int, lengths: Tensor | None, reverse: bool, device: torch.device) -> Tensor:
     """Where each sequence begins in the order of processing: bool [T, B or 1, 1]."""
     t = torch.arange(steps, device=device)[:, None, None]
     if not reverse:

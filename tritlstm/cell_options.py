@@ -26,7 +26,7 @@ class Cell(NamedTuple):
 
     resets: Tensor | None = None  # [T, B] bool: the state is zeroed before step t
     peephole: Tensor | None = None  # [3H] of the input, forget and output gate, of x's dtype
-    h_scale: Tensor | None = None  # [B, H], times h on its way into the recurrent product, of x's dtype
+    h_scale: Tensor | None = None  # [B, H] float32 (float64), times h on its way into the recurrent product
     noise: Tensor | None = None  # [3] int64: seed, offset, stream of zoneout; None: its mean, as in evaluation
     coupled: bool = False  # f = 1 - i
     cell_clip: float = 0.0  # c is clamped to [-cell_clip, cell_clip]; 0: it is not

@@ -222,8 +222,7 @@ def _entry(h0: Tensor, cell: Cell, width: int) -> Tensor | None:
     """h0 as the product reads it, [B + 1, HX] with a row of zeros for states that were reset; None: h0 as it is."""
     if cell.h_scale is None and cell.resets is None:
         return None
-    scaled = h0 if cell.h_scale is None else h0 * cell.h_scale
-    return torch.nn.functional.pad(scaled, (0, width - h0.shape[1], 0, 1))
+    return torch.nn.functional.pad(aten.sent_on(h0, cell), (0, width - h0.shape[1], 0, 1))
 
 
 def _add_gate0(
@@ -349,7 +348,7 @@ def _grad_h0(
 ) -> Tensor:
     grad = torch.mm(entered, pack_rows(w_hh))
     if cell.h_scale is not None:
-        grad = grad * cell.h_scale
+        grad = (grad * cell.h_scale).to(grad.dtype)
     if kept_h is not None:
         if cuts is not None:
             kept_h = torch.where(cuts.reshape(-1, 1)[first_rows], 0, kept_h)
@@ -361,8 +360,7 @@ def _grad_h0(
 
 def _sent(out: Tensor, h0: Tensor, cuts: Tensor | None, reverse: bool, cell: Cell) -> tuple[Tensor, Tensor]:
     """``out`` and ``h0`` as the recurrent product of the step after received them."""
-    if cell.h_scale is not None:
-        out, h0 = out * cell.h_scale, h0 * cell.h_scale
+    out, h0 = aten.sent_on(out, cell), aten.sent_on(h0, cell)
     if cuts is not None:
         out = out.masked_fill(cuts.roll(1 if reverse else -1, 0), 0)
     return out, h0
@@ -390,9 +388,9 @@ def _rebuilt_gates(
     wide = torch.float32
     gates = _input_products(x, w_ih, b_ih, b_hh, hidden, plan.device_of(x), plan.dot_precision(x))
     _add_gate0(gates, gate0, cuts, lengths, reverse)
-    first = aten.first_steps(length, lengths, reverse, x.device)
+    first = aten._first_steps(length, lengths, reverse, x.device)
     h_prev, c_prev = aten.previous_states(out, cells, h0, c0.to(wide), cuts, first, reverse)
-    sent = h_prev if cell.h_scale is None else h_prev * cell.h_scale
+    sent = aten.sent_on(h_prev, cell)
     rows = gates.view(length * batch, -1)
     torch.addmm(rows, sent.reshape(length * batch, hidden), pack_rows(w_hh).t(), out=rows)
     # A few steps at a time: in fp32, all of them would take twice the memory that not saving the gates has saved.
@@ -420,7 +418,7 @@ def _grad_peephole(
     cell: Cell,
 ) -> Tensor:
     hidden = h0.shape[1]
-    first = aten.first_steps(len(out), lengths, reverse, out.device)
+    first = aten._first_steps(len(out), lengths, reverse, out.device)
     _, c_prev = aten.previous_states(out, cells, h0, c0.float(), cuts, first, reverse)
     c = cells[..., :hidden]
     if cell.zoneout_c:

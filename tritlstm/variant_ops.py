@@ -5,7 +5,8 @@ The arguments and results of `torch.ops.tritlstm.layer` (see `tritlstm.ops`), an
     resets       [T, B] bool or None: the state is zeroed before step t. It parts steps t - 1 and t in both directions:
                  in reverse the state is zeroed before step t - 1. Resets at or past lengths[b] part nothing
     peephole     [3H] or None: weights of the cell in the input, forget and output gate (order i, f, o)
-    h_scale      [B, H] or None: times h on its way into the recurrent product, at every step; has no gradient
+    h_scale      [B, H] float32 (float64 for float64 inputs) or None: times h on its way into the recurrent product, at
+                 every step; has no gradient
     noise        [3] int64 or None: seed, offset and stream of zoneout's bits (`tritlstm.random_bits`); None takes
                  their mean
     coupled      the forget gate is 1 - i; its rows of weights and its peephole are not used
@@ -27,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import aten, ops
+from . import aten, batching, ops
 from .cell_options import ACTIVATIONS, Cell
 
 __all__ = ["layer"]
@@ -79,7 +80,7 @@ def layer(
     args = (x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse)
     rest = (gate0, *cell, recompute)
     autocast = torch.is_autocast_enabled(x.device.type)
-    if not torch.compiler.is_compiling() and ops._dual() and not autocast:
+    if not torch.compiler.is_compiling() and ops.forward_mode() and not autocast:
         return _plain_forward(*args, True, *rest)
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
         return _variant(*args, save, *rest)
@@ -203,20 +204,20 @@ class _VariantBackward(torch.autograd.Function):
 def _forward_autograd(*args: Any) -> tuple[Tensor, ...]:
     recorded = ops._recorded(args)
     args = (*args[:9], args[9] or recorded, *args[10:])
-    if ops._dual():
+    if ops.forward_mode():
         return _plain_forward(*args)
     return _Variant.apply(*args) if recorded else ops._below_autograd(_variant, args)
 
 
 def _backward_autograd(*args: Any) -> tuple[Tensor, ...]:
-    apply = ops._recorded(args) or ops._dual()
+    apply = ops._recorded(args) or ops.forward_mode()
     return _VariantBackward.apply(*args) if apply else ops._below_autograd(_variant_backward, args)
 
 
 def _forward_autocast(*args: Any) -> Results:
     device = args[0].device.type
     dtype = torch.get_autocast_dtype(device)
-    kept = {6, _FORWARD + 3}  # c0 and noise; lengths and resets are no floating-point numbers
+    kept = {6, _FORWARD + 2}  # c0 and h_scale
 
     def cast(k: int, value: Any) -> Any:
         if k in kept or not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == torch.float64:
@@ -242,7 +243,7 @@ def _check(*args: Any) -> None:
     expected = {
         "resets": (cell.resets, (steps, batch), torch.bool),
         "peephole": (cell.peephole, (3 * hidden,), x.dtype),
-        "h_scale": (cell.h_scale, (batch, hidden), x.dtype),
+        "h_scale": (cell.h_scale, (batch, hidden), aten.state_dtype(x.dtype)),
         "noise": (cell.noise, (3,), torch.int64),
     }
     for name, (value, shape, dtype) in expected.items():
@@ -274,3 +275,21 @@ _library.impl("variant_layer", _forward_autograd, "Autograd")
 _library.impl("variant_layer_backward", _backward_autograd, "Autograd")
 torch.library.register_fake(_variant, _forward_fake, lib=_library)
 torch.library.register_fake(_variant_backward, _backward_fake, lib=_library)
+
+
+def _register_vmap(op: Any) -> None:
+    names = [argument.name for argument in op._schema.arguments]
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> batching.Results:
+        given = dict(zip(names, args, strict=True))
+        # Zoneout's bits depend on the place in the batch; gradients of shared weights are asked for one by one.
+        shared = [need for k, need in enumerate(given.get("needs", ())) if k in (1, 2, 3, 7)]
+        if given["noise"] is not None or any(shared):
+            return batching.one_by_one(op, info.batch_size, in_dims, args)
+        return batching._rule(op, info.batch_size, in_dims, args, batching._fold)
+
+    torch.library.register_vmap(op, rule, lib=_library)
+
+
+_register_vmap(_variant)
+_register_vmap(_variant_backward)
