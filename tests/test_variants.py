@@ -1,4 +1,4 @@
-"""`tritlstm.LSTM` with resets and as a variant: the module's arguments against an independent formulation, on both paths.
+"""`tritlstm.LSTM` with resets and as a variant, against an independent formulation, on both paths.
 
 *cpu* is float64 in plain operators; *emulated* runs the Triton kernels in float32 (on CUDA where it is found).
 """

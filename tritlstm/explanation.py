@@ -116,7 +116,7 @@ def explain(
             reason = f"torch's own LSTM has no {' and no '.join(beyond)}; plain PyTorch operators do"
             return Explanation("aten", reason, str(data.device), sizes, notes=own_notes)
         notes = (
-            "compiled training on the CPU runs the layer in PyTorch's own operators instead",
+            "compiled training and an export with a dynamic T run the layer in plain PyTorch operators instead",
             "tritlstm.emulator.emulate() runs the Triton kernels on a CPU, for tests",
         )
         reason = f"tensors on {data.device.type}: torch's own LSTM is the fast one there"

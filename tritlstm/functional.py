@@ -244,7 +244,7 @@ def _run(
     extras: Extras | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     # What torch's own LSTM does not have runs in the operators everywhere.
-    if extras is not None or runs_operators(x):
+    if extras is not None or runs_operators(x) or (batch_sizes is None and _unrolls(x, options)):
         return _run_operators(x, batch_sizes, hx, weights, options, extras)
     settings = (options.bias, options.num_layers, options.dropout, options.training, options.bidirectional)
     if batch_sizes is None:
@@ -255,6 +255,15 @@ def _run(
 def runs_operators(x: Tensor) -> bool:
     """Whether `torch.ops.tritlstm.layer` runs, and not torch's own LSTM."""
     return runs_kernels(x) or _compiles_training(x) or transforms(x)
+
+
+def _unrolls(x: Tensor, options: Options) -> bool:
+    # Traced, torch's own LSTM is its loop over time, unrolled, which fixes T (but for oneDNN's in compiled
+    # inference); the operators leave T open.
+    if torch.compiler.is_exporting():
+        return isinstance(x.size(int(options.batch_first)), torch.SymInt)
+    fixed = options.proj_size > 0 or x.dtype == torch.float64
+    return fixed and torch.compiler.is_compiling() and x.device.type in ("cpu", "cuda")
 
 
 def transforms(x: Tensor) -> bool:

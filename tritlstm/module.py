@@ -26,8 +26,8 @@ class LSTM(nn.RNNBase):
 
     Same arguments, shapes, `state_dict`, values and errors. On a CUDA device float16, bfloat16 and float32
     run the Triton kernels of this library; everything else (the CPU, float64) runs torch's own LSTM at no
-    extra cost. Only a model that `torch.compile` compiles for training runs plain PyTorch operators there,
-    because torch can't trace the backward of its own; so it stays one graph, also with a varying T.
+    extra cost. Plain PyTorch operators run there only where torch can't trace or map its own: in a model that
+    `torch.compile` compiles for training, in an export with a dynamic T, under `vmap` and in forward mode.
 
     T time steps, B batch, D `input_size`, H `hidden_size`, R `proj_size` or else H, S 2 if `bidirectional`
     else 1.

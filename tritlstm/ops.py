@@ -238,13 +238,13 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        grads, (x, w_ih, w_hh, _, _, h0, c0, lengths, reverse, *_), (*saved, needs) = args[:3], args[3:14], args[14:]
+        grads, needs = args[:3], args[-1]
+        x, w_ih, w_hh, _, _, h0, c0, lengths, reverse, _, _, *saved = args[3:-1]
         return _below_autograd(_layer_backward, (*grads, x, w_ih, w_hh, h0, c0, lengths, *saved, reverse, needs))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.reverse, ctx.save, gate0 = inputs[:14]
-        ctx.needs = inputs[-1]
+        *tensors, ctx.reverse, ctx.save, gate0, _, _, _, ctx.needs = inputs
         ctx.save_for_backward(*tensors, gate0)
 
     @staticmethod
@@ -260,7 +260,7 @@ class _Gradient(torch.autograd.Function):
             return _differentiable_backward(args[:3], args[3:], ctx.needs)
 
         results: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-        _, derivative = torch.func.vjp(gradient, *(inputs[k] for k in asked))
+        derivative = torch.func.vjp(gradient, *(inputs[k] for k in asked))[1]
         for k, value in zip(asked, derivative(grads), strict=True):
             results[k] = value
         return tuple(results)
