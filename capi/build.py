@@ -1,6 +1,12 @@
 """Builds the C library: ``tritlstm build-c DIR``.
 
-``DIR`` becomes a prefix that can be moved as a whole::
+``DIR`` becomes a prefix that can be moved as a whole. With ``--engine aot``, a library that needs no Python::
+
+    DIR/include/tritlstm.h
+    DIR/lib/libtritlstm.so
+    DIR/lib/pkgconfig/tritlstm.pc
+
+With ``--engine python``, one that runs this Python environment::
 
     DIR/include/tritlstm.h
     DIR/lib/libtritlstm_python.so               the library, free of Python itself
@@ -12,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import io
 import os
 import re
@@ -27,8 +34,14 @@ from pathlib import Path
 from tritlstm._version import __version__
 
 SOURCE = Path(__file__).resolve().parent
-LIBRARY = "libtritlstm_python.so"
-SONAME = f"{LIBRARY}.0"
+NAMES = {"aot": "tritlstm", "python": "tritlstm_python"}  # of the libraries, by engine
+DESCRIPTIONS = {
+    "aot": "LSTM for CUDA devices and CPUs, without Python",
+    "python": "LSTM in Triton, run by an embedded Python",
+}
+COMMON = ("front.c", "safetensors.c")
+HOST = ("aot_engine.c",)
+NO_IMAGES = "none"
 EXAMPLES = ("generate", "train_step")
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 COMPILE = ["-std=c11", "-O2", "-fPIC", "-fvisibility=hidden", *WARNINGS]
@@ -44,6 +57,12 @@ class Built:
     """Where ``build`` put things."""
 
     directory: Path
+    engine: str = "python"
+
+    @property
+    def name(self) -> str:
+        """What a linker and pkg-config call the library."""
+        return NAMES[self.engine]
 
     @property
     def header(self) -> Path:
@@ -51,16 +70,16 @@ class Built:
 
     @property
     def library(self) -> Path:
-        return self.directory / "lib" / LIBRARY
+        return self.directory / "lib" / f"lib{self.name}.so"
 
     @property
     def pkg_config(self) -> Path:
-        return self.directory / "lib" / "pkgconfig" / "tritlstm_python.pc"
+        return self.directory / "lib" / "pkgconfig" / f"{self.name}.pc"
 
     def flags(self) -> list[str]:
         """Compiler flags of a host that finds the library where it stands now."""
         lib = self.library.parent
-        return [f"-I{self.header.parent}", f"-L{lib}", "-ltritlstm_python", f"-Wl,-rpath,{lib}"]
+        return [f"-I{self.header.parent}", f"-L{lib}", f"-l{self.name}", f"-Wl,-rpath,{lib}"]
 
 
 def declarations(functions: bool = True) -> str:
@@ -223,28 +242,67 @@ def _build_engine(cc: list[str], folder: Path) -> None:
     (folder / "python_engine.conf").write_bytes(os.fsencode("\n".join(settings) + "\n"))
 
 
-def _build_library(cc: list[str], lib: Path) -> None:
-    sources = [str(SOURCE / "src" / name) for name in ("front.c", "safetensors.c", "python_loader.c")]
-    compile_ = [*cc, *COMPILE, "-pedantic", f"-I{SOURCE / 'include'}", f"-I{SOURCE / 'src'}", *sources]
+def _cuda_sources(folder: Path, images: str) -> list[Path]:
+    """C and assembly files of the CUDA side with the device images `images`."""
+    if images == NO_IMAGES:
+        return [SOURCE / "src" / "cuda_absent.c"]
+    try:
+        aot = importlib.import_module("tritlstm.capi.aot")
+    except ImportError as error:
+        raise BuildError(f"--images {images}: device images can't be made here: {error}") from error
+    written = [path for path in sorted((SOURCE / "src").glob("cuda_*.c")) if path.name != "cuda_absent.c"]
+    return [*written, *aot.sources(folder, images)]
+
+
+def _build_library(cc: list[str], lib: Path, engine: str, images: str, cblas: str | None) -> None:
+    name = f"lib{NAMES[engine]}.so"
+    soname = f"{name}.0"
+    includes = [f"-I{SOURCE / 'include'}", f"-I{SOURCE / 'src'}"]
     exports = f"-Wl,--version-script={SOURCE / 'libtritlstm.map'}"
-    link = [*LINK, "-Wl,-z,defs", f"-Wl,-soname,{SONAME}", exports, "-o", str(lib / SONAME)]
-    _run([*compile_, *link, "-pthread", "-ldl"], "compiling the library")
-    (lib / LIBRARY).symlink_to(SONAME)
+    link = [*LINK, "-Wl,-z,defs", f"-Wl,-soname,{soname}", exports, "-o", str(lib / soname), "-pthread", "-ldl"]
+    with tempfile.TemporaryDirectory(prefix=".generated-", dir=lib) as generated:
+        if engine == "python":
+            sources = [SOURCE / "src" / source for source in (*COMMON, "python_loader.c")]
+        else:
+            sources = [SOURCE / "src" / source for source in (*COMMON, *HOST)]
+            sources += _cuda_sources(Path(generated), images)
+            # -std=c11 alone would forbid a multiplication and an addition in one instruction.
+            includes += ["-ffp-contract=fast", f"-ffile-prefix-map={generated}=."]
+            includes += ["-DTRITLSTM_CBLAS"] if cblas else []
+            link += ["-lm", *shlex.split(cblas or "")]
+        compile_ = [*cc, *COMPILE, "-pedantic", *includes, *map(str, sources)]
+        _run([*compile_, *link], "compiling the library")
+    (lib / name).symlink_to(soname)
 
 
-def build(directory: str | Path, cc: str | None = None) -> Built:
+def build(
+    directory: str | Path,
+    cc: str | None = None,
+    engine: str = "python",
+    images: str = NO_IMAGES,
+    cblas: str | None = None,
+) -> Built:
     """Builds library, header and pkg-config file into the prefix ``directory``, made if it is missing.
 
-    The library will run the Python environment that this is called in. Files of an earlier build are replaced
-    one by one, whole; a host that runs keeps what it has open.
+    Files of an earlier build are replaced one by one, whole; a host that runs keeps what it has open.
+
+    Args:
+        directory: the prefix.
+        cc: C compiler as a command line; None: ``$CC``, else ``cc``.
+        engine: ``"python"``, which will run the Python environment that this is called in, or ``"aot"``.
+        images: device images of the engine ``"aot"``; ``"none"``: it runs on CPUs only.
+        cblas: linker options of a CBLAS for large products on a CPU (engine ``"aot"``); None: its own loops.
 
     Raises:
+        ValueError: no engine has that name.
         BuildError: a compiler, Python.h or libpython is missing, or compiling failed.
     """
+    if engine not in NAMES:
+        raise ValueError(f"no engine {engine!r}: one of {', '.join(NAMES)}")
     if not sys.platform.startswith("linux"):
         raise BuildError(f"the C library is built for Linux only, not for {sys.platform}")
     command = compiler(cc)
-    built = Built(Path(directory).resolve())
+    built = Built(Path(directory).resolve(), engine)
     try:
         built.directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".build-", dir=built.directory) as name:
@@ -252,11 +310,14 @@ def build(directory: str | Path, cc: str | None = None) -> Built:
             for folder in ("include", "lib/tritlstm", "lib/pkgconfig"):
                 (scratch / folder).mkdir(parents=True)
             shutil.copyfile(SOURCE / "include" / "tritlstm.h", scratch / "include" / "tritlstm.h")
-            template = (SOURCE / "tritlstm_python.pc.in").read_text()
-            package = template.replace("@VERSION@", __version__)
-            (scratch / "lib/pkgconfig/tritlstm_python.pc").write_text(package)
-            _build_library(command, scratch / "lib")
-            _build_engine(command, scratch / "lib" / "tritlstm")
+            package = (SOURCE / "tritlstm.pc.in").read_text()
+            values = {"NAME": built.name, "DESCRIPTION": DESCRIPTIONS[engine], "VERSION": __version__}
+            for key, value in values.items():
+                package = package.replace(f"@{key}@", value)
+            (scratch / f"lib/pkgconfig/{built.name}.pc").write_text(package)
+            _build_library(command, scratch / "lib", engine, images, cblas)
+            if engine == "python":
+                _build_engine(command, scratch / "lib" / "tritlstm")
             for path in sorted(scratch.rglob("*")):
                 if path.is_symlink() or path.is_file():
                     target = built.directory / path.relative_to(scratch)
@@ -289,14 +350,39 @@ def build_example(name: str, built: Built, output: str | Path, cc: str | None = 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``tritlstm build-c``."""
     parser.add_argument("directory", metavar="DIR", help="prefix to build into: DIR/include, DIR/lib")
+    parser.add_argument(
+        "--engine",
+        choices=[*NAMES, "both"],
+        default="python",
+        help="aot: libtritlstm, which needs no Python; python: libtritlstm_python, which runs this environment "
+        "with every option of it (default)",
+    )
+    parser.add_argument(
+        "--images",
+        metavar="SET",
+        default=NO_IMAGES,
+        help="device images in libtritlstm: none (default; CPUs only) or what capi/aot.py names",
+    )
+    parser.add_argument(
+        "--cblas",
+        metavar="OPTIONS",
+        help='linker options of a CBLAS for the CPU path of libtritlstm, such as "-lopenblas" (default: its own loops)',
+    )
     parser.add_argument("--cc", metavar="COMMAND", help="C compiler (default: $CC, else cc)")
     parser.add_argument("--examples", action="store_true", help="compile the examples into DIR/bin as well")
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs ``tritlstm build-c``; returns the exit status."""
+    engines = list(NAMES) if args.engine == "both" else [args.engine]
     try:
-        built = build(args.directory, args.cc)
+        libraries = [
+            build(args.directory, args.cc, engine, args.images, args.cblas)
+            if engine == "aot"
+            else build(args.directory, args.cc, engine)
+            for engine in engines
+        ]
+        built = libraries[0]
         programs = [
             build_example(name, built, built.directory / "bin" / name, args.cc)
             for name in (EXAMPLES if args.examples else ())
@@ -304,10 +390,16 @@ def run(args: argparse.Namespace) -> int:
     except BuildError as error:
         print(f"tritlstm build-c: {error}", file=sys.stderr)
         return 1
-    for path in (built.header, built.library, built.pkg_config, *programs):
+    print(built.header)
+    for library in libraries:
+        print(library.library, library.pkg_config, sep="\n")
+    for path in programs:
         print(path)
-    flags = f"$(pkg-config --cflags --libs tritlstm_python) -Wl,-rpath,{built.library.parent}"
-    print(f"\nThe library runs the environment of {_interpreter()}. To compile a host:\n")
+    if "python" in engines:
+        print(f"\nlibtritlstm_python runs the environment of {_interpreter()}.")
+    print("\nTo compile a host:\n")
     print(f"  export PKG_CONFIG_PATH={built.pkg_config.parent}")
-    print(f"  cc host.c {flags} -o host")
+    for library in libraries:
+        flags = f"$(pkg-config --cflags --libs {library.name}) -Wl,-rpath,{library.library.parent}"
+        print(f"  cc host.c {flags} -o host")
     return 0

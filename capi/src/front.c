@@ -343,9 +343,9 @@ static int check_stream(const tritlstm_options *o, const void *stream)
 
 /* ---- handles ----------------------------------------------------------------------------------------- */
 
-static int check_fork(void)
+static int check_fork(int32_t device)
 {
-    if (!tritlstm_engine_forked()) return TRITLSTM_OK;
+    if (!tritlstm_engine_forked(device)) return TRITLSTM_OK;
     return fail(TRITLSTM_ERROR_FORKED, "this process was forked after its parent had used the library: "
                                        "create handles in the child before the parent does, or do not fork");
 }
@@ -354,28 +354,28 @@ static int check_lstm(const tritlstm *lstm)
 {
     if (!lstm) return null_argument("lstm");
     if (lstm->live != LIVE_LSTM) return fail(TRITLSTM_ERROR_ARGUMENT, "lstm is not a handle, or was destroyed");
-    return check_fork();
+    return check_fork(lstm->options.device);
 }
 
 static int check_state(const tritlstm_state *state)
 {
     if (!state) return null_argument("state");
     if (state->live != LIVE_STATE) return fail(TRITLSTM_ERROR_ARGUMENT, "state is not a handle, or was destroyed");
-    return check_fork();
+    return check_fork(state->lstm->options.device);
 }
 
 static void release(tritlstm *lstm)
 {
     if (__atomic_sub_fetch(&lstm->references, 1, __ATOMIC_ACQ_REL)) return;
-    if (!tritlstm_engine_forked()) lstm->engine->destroy(lstm->id);
+    if (!tritlstm_engine_forked(lstm->options.device)) lstm->engine->destroy(lstm->id);
     free(lstm);
 }
 
 static int make(const tritlstm_options *options, const void *const *weights, const int32_t *dtypes, tritlstm **result)
 {
     const tritlstm_engine_functions *engine;
-    int status = check_fork();
-    if (status || (status = tritlstm_engine_start(report, &engine))) return status;
+    int status = check_fork(options->device);
+    if (status || (status = tritlstm_engine_start(report, options->device, &engine))) return status;
     tritlstm *lstm = calloc(1, sizeof *lstm);
     if (!lstm) return fail(TRITLSTM_ERROR_MEMORY, "out of memory");
     if ((status = engine->create(options, weights, dtypes, &lstm->id))) {
@@ -812,7 +812,7 @@ void tritlstm_state_destroy(tritlstm_state *state)
 {
     if (!state || state->live != LIVE_STATE) return;
     state->live = 0;
-    if (!tritlstm_engine_forked()) state->lstm->engine->state_destroy(state->id);
+    if (!tritlstm_engine_forked(state->lstm->options.device)) state->lstm->engine->state_destroy(state->id);
     release(state->lstm);
     free(state);
 }
