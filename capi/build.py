@@ -40,7 +40,7 @@ DESCRIPTIONS = {
     "python": "LSTM in Triton, run by an embedded Python",
 }
 COMMON = ("front.c", "safetensors.c")
-HOST = ("aot_engine.c",)
+HOST = ("aot_engine.c", "host_engine.c", "host_walk.c", "host_kernels.c", "host_numbers.c")
 NO_IMAGES = "none"
 EXAMPLES = ("generate", "train_step")
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]

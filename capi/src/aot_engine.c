@@ -38,9 +38,10 @@ int tritlstm_engine_forked(int32_t device)
 int tritlstm_engine_start(tritlstm_report report, int32_t device, const tritlstm_engine_functions **engine)
 {
     __atomic_store_n(&reporter, report, __ATOMIC_RELAXED);
-    if (device == TRITLSTM_CPU)
-        return tritlstm_aot_fail(TRITLSTM_ERROR_UNAVAILABLE, "device is TRITLSTM_CPU, but this libtritlstm runs on CUDA "
-                                                             "devices only: use libtritlstm_python");
+    if (device == TRITLSTM_CPU) {
+        *engine = tritlstm_host_functions();
+        return TRITLSTM_OK;
+    }
     *engine = tritlstm_cuda_functions();
     if (!*engine)
         return tritlstm_aot_fail(TRITLSTM_ERROR_UNAVAILABLE,
