@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import emulator, plan
+from . import emulator, functional, plan
+from .functional import Lengths
 
 __all__ = ["Explanation", "KernelChoice", "explain"]
 
@@ -64,9 +65,14 @@ class Explanation:
 
 
 def explain(
-    module: nn.Module, input: Tensor | PackedSequence, hx: Any = None, *, training: bool | None = None
+    module: nn.Module,
+    input: Tensor | PackedSequence,
+    hx: Any = None,
+    *,
+    training: bool | None = None,
+    lengths: Lengths | None = None,
 ) -> Explanation:
-    """Says which path ``module(input, hx)`` takes, without running it.
+    """Says which path ``module(input, hx, lengths=lengths)`` takes, without running it.
 
     Args:
         module: a :class:`tritlstm.LSTM` or :class:`tritlstm.LSTMCell`.
@@ -74,12 +80,14 @@ def explain(
         hx: as the module takes it; only whether it needs a gradient is read.
         training: whether gradients will be asked for; by default, whether autograd is on and a tensor
             needs them.
+        lengths: as the module takes them; of a tensor, the values are read only where it is on the CPU.
 
     Returns:
         An :class:`Explanation`; ``print`` it.
 
     Raises:
-        TypeError: ``module`` is not one of tritlstm's.
+        TypeError: ``module`` is not one of tritlstm's, or a cell, which knows no lengths.
+        ValueError: ``lengths`` are not what the module takes.
     """
     from .module import LSTM, LSTMCell
 
@@ -90,6 +98,7 @@ def explain(
         )
     data = input.data if isinstance(input, PackedSequence) else input
     length, batch = _sizes(module, input)
+    of_lengths = () if lengths is None else (_note_lengths(module, input, lengths, length, batch),)
     if training is None:
         asked = (data, *(hx if isinstance(hx, tuple) else ()), *module.parameters())
         training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in asked)
@@ -99,19 +108,38 @@ def explain(
         dtype = torch.get_autocast_dtype(data.device.type)
     if not data.is_cuda and not emulator.active():
         notes = (
-            "compiled training on the CPU runs the layer in PyTorch's own operators instead",
+            "compiled training and an export with a dynamic T run the layer in plain PyTorch operators instead",
             "tritlstm.emulator.emulate() runs the Triton kernels on a CPU, for tests",
         )
         reason = f"tensors on {data.device.type}: torch's own LSTM is the fast one there"
-        return Explanation("torch", reason, str(data.device), sizes, notes=notes)
+        return Explanation("torch", reason, str(data.device), sizes, notes=(*of_lengths, *notes))
     if dtype not in plan.DTYPES:
         names = ", ".join(str(kind).removeprefix("torch.") for kind in plan.DTYPES)
         reason = f"the kernels compute in {names}, not in {str(dtype).removeprefix('torch.')}"
+        if lengths is not None:
+            reason = f"lengths run where they are, in plain PyTorch operators; {reason}"
+            return Explanation("aten", reason, str(data.device), sizes, notes=of_lengths)
         return Explanation("torch", reason, str(data.device), sizes)
     if batch == 0:
         return Explanation("aten", "an empty batch needs no kernel", str(data.device), sizes)
-    return _kernels(module, data.to(dtype=dtype, device="meta"), plan.device_of(data), sizes, training,
-                    plan.dot_precision(torch.empty(0, dtype=dtype)))  # fmt: skip
+    found = _kernels(module, data.to(dtype=dtype, device="meta"), plan.device_of(data), sizes, training,
+                     plan.dot_precision(torch.empty(0, dtype=dtype)))  # fmt: skip
+    return dataclasses.replace(found, notes=(*of_lengths, *found.notes))
+
+
+def _note_lengths(
+    module: nn.Module, input: Tensor | PackedSequence, lengths: Lengths, steps: int, batch: int
+) -> str:
+    if not hasattr(module, "num_layers"):
+        raise TypeError("a tritlstm.LSTMCell knows no lengths, got some; leave them out")
+    if isinstance(input, PackedSequence) or input.dim() != 3:
+        got = "a PackedSequence" if isinstance(input, PackedSequence) else f"shape {list(input.shape)}"
+        raise ValueError(f"lengths go with a batch [T, B, D] or [B, T, D], got {got}; leave them out")
+    ends = functional.check_lengths(lengths, steps, batch)
+    if functional.packs(input):
+        return "the host reads the lengths, sorts and packs the batch, and leaves sequences of length 0 out"
+    where = "are read" if ends.device == input.device else f"are copied from {ends.device} and read"
+    return f"lengths {where} on {input.device}: no sorting, no packing, no copy to the host"
 
 
 def _sizes(module: nn.Module, input: Tensor | PackedSequence) -> tuple[int, int]:
@@ -143,7 +171,7 @@ def _kernels(
     if getattr(module, "proj_size", 0):
         notes.append("projection is folded into w_hh, so the recurrence runs at the full width H")
     if training:
-        notes.append("a gradient that is differentiated itself (create_graph=True) runs in plain PyTorch operators")
+        notes.append("derivatives of a gradient and forward-mode ones run in plain PyTorch operators")
     if data.dtype == torch.float32:
         notes.append(f"fp32 products in {precision}, as torch.backends.cudnn.rnn.fp32_precision asks")
     where = f"{device.name} ({device.arch}, {device.sms} multiprocessors, {device.shared_bytes} bytes of shared memory)"

@@ -95,6 +95,14 @@ def _counters(layout: plan.RecurrentPlan, device: torch.device) -> Tensor:
     return torch.zeros(words, dtype=torch.int32, device=device)
 
 
+def _parts(layout: plan.RecurrentPlan, device: torch.device) -> Tensor | None:
+    if layout.parts == 1:
+        return None
+    slots = layout.n_groups * exchange.TAGGED_SLOTS.value
+    words = slots * layout.n_blocks * layout.parts * layout.block_h * layout.block_b
+    return torch.zeros(words, dtype=torch.int64, device=device)
+
+
 def _steps(layout: plan.RecurrentPlan, length: int) -> list[tuple[int, int]]:
     if layout.tier == "step":
         return [(step, step + 1) for step in range(length)]
@@ -288,6 +296,7 @@ def _recurrent_backward(
         "gates_ptr": gates,
         "cells_ptr": cells,
         "grad_gates_ptr": grad_gates,
+        "parts_ptr": _parts(layout, x.device),
         "grad_c_ptr": grad_c0,
         "counter_ptr": _counters(layout, x.device),
         "status_ptr": flag,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional, ops
-from .functional import Input, Options, States
+from .functional import Input, Lengths, Options, States
 
 __all__ = ["LSTM", "LSTMCell", "swap"]
 
@@ -22,8 +22,8 @@ class LSTM(nn.RNNBase):
 
     Same arguments, shapes, `state_dict`, values and errors. On a CUDA device float16, bfloat16 and float32
     run the Triton kernels of this library; everything else (the CPU, float64) runs torch's own LSTM at no
-    extra cost. Only a model that `torch.compile` compiles for training runs plain PyTorch operators there,
-    because torch can't trace the backward of its own; so it stays one graph, also with a varying T.
+    extra cost. Plain PyTorch operators run there only where torch can't trace or map its own: in a model that
+    `torch.compile` compiles for training, in an export with a dynamic T, under `vmap` and in forward mode.
 
     T time steps, B batch, D `input_size`, H `hidden_size`, R `proj_size` or else H, S 2 if `bidirectional`
     else 1.
@@ -45,6 +45,8 @@ class LSTM(nn.RNNBase):
         input: [T, B, D], [B, T, D] if `batch_first`, [T, D] without a batch, or a `PackedSequence`.
         hx: (h_0 [num_layers S, B, R], c_0 [num_layers S, B, H]), without B where the input has none. Default:
             zeros.
+        lengths: [B] integers from 0 to T, a tensor on any device or a sequence of ints, in any order, by
+            keyword; see `tritlstm.lstm`. For what torch.nn.LSTM takes a `PackedSequence`.
         Returns output [T, B, S R], in the form of the input, and (h_n, c_n), in the form of `hx`.
 
     Attributes:
@@ -89,7 +91,9 @@ class LSTM(nn.RNNBase):
             dtype,
         )
 
-    def forward(self, input: Input, hx: States | None = None) -> tuple[Input, States]:
+    def forward(
+        self, input: Input, hx: States | None = None, *, lengths: Lengths | None = None
+    ) -> tuple[Input, States]:
         # Asked for by name in every call: weights that parametrisations, functional_call or hooks put in the
         # place of the registered ones count too. torch's cached list silently keeps the old ones.
         weights = [getattr(self, name) for name in self._flat_weights_names]
@@ -104,7 +108,7 @@ class LSTM(nn.RNNBase):
             self.training,
             self.bidirectional,
         )
-        return functional.apply(input, hx, weights, options)
+        return functional.apply(input, hx, weights, options, lengths)
 
     def flatten_parameters(self) -> None:
         """Lay the weights out for cuDNN where it runs them; the Triton kernels read each one where it is."""
@@ -133,7 +137,7 @@ class LSTMCell(nn.LSTMCell):
     """
 
     def forward(self, input: Tensor, hx: States | None = None) -> States:
-        if not functional.runs_kernels(input):
+        if not (functional.runs_kernels(input) or functional.transforms(input)):
             return super().forward(input, hx)
         for name, value in (("input", input), *((f"hx[{k}]", state) for k, state in enumerate(hx or ()))):
             if value.dim() not in (1, 2):
