@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from tritlstm import inspect_kernels, plan
+from tritlstm.kernels import exchange
 from tritlstm.kernels.launch import Launch, kernel_function
 from tritlstm.plan import DEVICES, Device, RecurrentPlan
 
@@ -473,6 +474,7 @@ def write(folder: Path, selection: Selection, built: list[tuple[Kernel, Image]])
         '#include "cuda_kernels.h"',
         f"const double tritlstm_sm_l2_bytes_per_us = {plan.SM_L2_BYTES_PER_US!r};",
         f"const int32_t tritlstm_spin_limit = {plan.SPIN_LIMIT};",
+        f"const int tritlstm_tagged_slots = {exchange.TAGGED_SLOTS.value};",
         _array("tritlstm_cuda_family tritlstm_families", families),
         f"const int tritlstm_families_count = {len(families)};",
         _array("tritlstm_cuda_image tritlstm_images", [f"{{{a}, {b}, {c}}}" for a, b, c in stored.values()]),
@@ -502,8 +504,8 @@ def _row(kernel: Kernel, image: Image, number: int, first: int, given: list[tupl
         predicted = ", ".join(repr(c) for c in costs(chosen, DEVICES[kernel.arch]))
         fields += [
             chosen.hidden, f"TIER_{chosen.tier}", f"PROTOCOL_{chosen.protocol}", chosen.n_blocks,
-            chosen.shared_bytes, chosen.resident, chosen.chunks, f"{{{predicted}}}",
+            chosen.shared_bytes, chosen.resident, chosen.chunks, chosen.parts, f"{{{predicted}}}",
         ]  # fmt: skip
     else:
-        fields += [0, "TIER_single", "PROTOCOL_none", 0, image.shared_bytes, 0, 0, "{0}"]
+        fields += [0, "TIER_single", "PROTOCOL_none", 0, image.shared_bytes, 0, 0, 1, "{0}"]
     return "{" + ", ".join(str(field) for field in fields) + "}"

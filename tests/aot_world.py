@@ -74,15 +74,18 @@ class World:
             for kernel, image in self.built
         }
         self.failures: list[BaseException] = []
+        self.allocated: list[Any] = []
         self.ran: list[aot.Kernel] = []
         self._callback = ffi.callback("int(const standin_launched *)", self._launched)
         self.pretend()
 
     def pretend(self, major: int = 9, minor: int = 0, sms: int = 4, shared: int = 227 << 10, **other: int) -> None:
-        """The device; a handle that exists keeps the one it was made on. Launches run in the emulator."""
+        """The device, and none of the arrays of an earlier one; a handle that exists keeps the one it was made on. Launches run in the emulator."""
         settings = {"major": major, "minor": minor, "sms": sms, "shared": shared, "count": 1, "cooperative": 1}
         for name, value in {**settings, **other}.items():
             setattr(self.driver, f"standin_{name}", value)
+        while self.allocated:
+            assert self.driver.standin_deallocate(self.allocated.pop()) == 0
         self.driver.standin_capturing = 0
         self.driver.standin_launch = self._callback
         self.driver.standin_fail(0, 0)
@@ -133,6 +136,7 @@ class World:
                 arguments[name] = ("tensor", value - base if value else 0, str(like.dtype).removeprefix("torch."))
             else:
                 arguments[name] = ("value", value)
+        arguments.update({name: ("value", None) for name, value in launch.arguments.items() if value is None})
         for position, hints in aot.signature(launch)[2].items():
             name = list(aot.signature(launch)[0])[position[0]]
             if arguments[name][0] == "value":
@@ -162,7 +166,8 @@ class World:
         """Device memory of NaN, ``offset`` bytes after a multiple of 256."""
         bytes_ = math.prod(shape) * dtype.itemsize
         at = self.driver.standin_allocate(bytes_ + offset)
-        assert at != NULL
+        assert at != NULL, "the stand-in's memory is used up"
+        self.allocated.append(at)
         buffer = ffi.buffer(ffi.cast("char *", at) + offset, bytes_)
         return torch.frombuffer(buffer, dtype=dtype).view(shape)
 
@@ -172,11 +177,6 @@ class World:
             return None
         there = self.empty(*value.shape, dtype=value.dtype, offset=offset)
         return there.copy_(value)
-
-    def free_all(self, *tensors: Tensor | None) -> None:
-        for tensor in tensors:
-            if tensor is not None:
-                self.driver.standin_deallocate(ffi.cast("void *", tensor.data_ptr()))
 
     # -- the library -------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tritlstm import reference
 
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 IMAGES = "sm_90,fp32,H32,persistent,step"
 
 

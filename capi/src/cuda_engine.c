@@ -16,7 +16,7 @@
 #include <string.h>
 
 enum { W_IH, W_HH, B_IH, B_HH, W_HR, KINDS };
-enum { PART = 256, EIGHT = 8, SPARE_WORDS = 4, COUNTER_WORDS = 32 };
+enum { PART = 256, EIGHT = 8, REPORT_WORDS = 4, COUNTER_WORDS = 32, PART_BYTES = 8 };
 
 /* The weights of one layer and direction on the device. */
 typedef struct place {
@@ -401,7 +401,7 @@ static int fill_network(network *n, const void *const *weights, const int32_t *d
     lay_out_weights(n, &a);
     if (a.overflow) return tritlstm_aot_fail(TRITLSTM_ERROR_OVERFLOW, "the weights are too large");
     if ((status = cuda_allocate(a.used, &n->memory)) ||
-        (status = cuda_allocate_host(SPARE_WORDS * sizeof *n->report, (void **)&n->report, &n->report_on_device)))
+        (status = cuda_allocate_host(REPORT_WORDS * sizeof *n->report, (void **)&n->report, &n->report_on_device)))
         return status;
     lay_out_weights(n, &(arena){n->memory, 0, 0});
     host_random_seed(&from.random, n->o.seed);
@@ -484,6 +484,8 @@ typedef struct scratch {
     cuda_pointer grads[2];   /* [rows, the wider of P * W and D], of two layers in turn */
     cuda_pointer grad_m;     /* [rows, H], only with a projection */
     cuda_pointer grad_gates; /* [rows, 4H] */
+    cuda_pointer parts;      /* partial sums that the blocks of a team hand each other, PART_BYTES each */
+    size_t parts_bytes;      /* 0: there are no teams */
     cuda_pointer previous;   /* [rows, H] */
     cuda_pointer sums;       /* [4H] fp32 */
     cuda_pointer grad_w;     /* [4H, the widest input] */
@@ -493,6 +495,11 @@ typedef struct scratch {
     cuda_pointer grad_m_n;   /* [B, H], only with a projection */
     cuda_pointer grad_h0;    /* [B, W] */
 } scratch;
+
+static const tritlstm_cuda_kernel *choose(const network *n, int kind, int save, int64_t T, int64_t B)
+{
+    return tritlstm_cuda_choose(&n->limits, kind, n->o.dtype, save, (int)n->H, B, T == 1);
+}
 
 /* Whether what a layer passes on is not what its one direction's recurrence writes. */
 static int separate_outs(const network *n) { return n->P > 1 || n->o.proj_size; }
@@ -539,6 +546,11 @@ static void lay_out_backward(const network *n, int64_t T, int64_t B, arena *a, s
     for (int k = 0; k < 2; k++) s->grads[k] = part(a, rows, widest, 1, n->item);
     s->grad_m = proj ? part(a, rows, n->H, 1, n->item) : 0;
     s->grad_gates = part(a, rows, 4 * n->H, 1, n->item);
+    const tritlstm_cuda_kernel *k = choose(n, KERNEL_recurrent_backward, 1, T, B);
+    int64_t tiles = tritlstm_cuda_groups(k, n->limits.sms, B) * tritlstm_tagged_slots * k->n_blocks * k->parts;
+    cuda_pointer end = a->base + a->used;
+    s->parts = k->parts > 1 ? part(a, tiles, k->rows, k->columns, PART_BYTES) : end;
+    s->parts_bytes = (size_t)(a->base + a->used - end);
     s->previous = part(a, rows, n->H, 1, n->item);
     s->sums = part(a, 4 * n->H, 1, 1, 4);
     s->grad_w = part(a, 4 * n->H, widest > n->H ? widest : n->H, 1, n->item);
@@ -674,11 +686,12 @@ static void recur(call *c, int kind, int save, cuda_arguments *g, cuda_pointer e
 {
     job *j = &c->j;
     const network *n = j->n;
-    const tritlstm_cuda_kernel *kernel =
-        tritlstm_cuda_choose(&n->limits, kind, n->o.dtype, save, (int)n->H, c->B, c->T == 1);
+    const tritlstm_cuda_kernel *kernel = choose(n, kind, save, c->T, c->B);
     int64_t tiles = divide_up(c->B, kernel->columns), groups = tritlstm_cuda_groups(kernel, n->device->limits.sms, c->B);
     if (kernel->protocol == PROTOCOL_flag) fill(j, exchanged, UINT32_MAX, (size_t)(c->rows * width) * n->item);
     if (kernel->protocol != PROTOCOL_none) fill(j, c->s.counter, 0, (size_t)tiles * COUNTER_WORDS * 4);
+    if (kernel->parts > 1) fill(j, c->s.parts, 0, c->s.parts_bytes);
+    give(g, PARAMETER_parts_ptr, c->s.parts);
     give(g, PARAMETER_counter_ptr, c->s.counter);
     give(g, PARAMETER_status_ptr, n->report_on_device);
     give(g, PARAMETER_lengths_ptr, c->s.lengths);
@@ -1216,11 +1229,12 @@ static void say_kernel(text *t, const network *n, const char *what, int kind, in
     static const char *const tiers[] = {"single", "persistent", "streaming", "step"};
     static const char *const protocols[] = {"none", "counter", "flag"};
     const tritlstm_cuda_limits *limits = &n->limits;
-    const tritlstm_cuda_kernel *k = tritlstm_cuda_choose(limits, kind, n->o.dtype, save, (int)n->H, B, T == 1);
+    const tritlstm_cuda_kernel *k = choose(n, kind, save, T, B);
     int64_t groups = tritlstm_cuda_groups(k, limits->sms, B);
-    say(t, "%s: %s, exchange %s, %d blocks of %d units x %" PRId64 " groups, %" PRId64 " batch tiles of %d, ", what,
-        tiers[k->tier], protocols[k->protocol], (int)k->n_blocks, (int)k->rows, groups, divide_up(B, k->columns),
-        (int)k->columns);
+    say(t, "%s: %s, exchange %s, %d blocks of %d units", what, tiers[k->tier], protocols[k->protocol], (int)k->n_blocks,
+        (int)k->rows);
+    if (k->parts > 1) say(t, " in teams of %d", (int)k->parts);
+    say(t, " x %" PRId64 " groups, %" PRId64 " batch tiles of %d, ", groups, divide_up(B, k->columns), (int)k->columns);
     if (k->tier == TIER_single) say(t, "all of w_hh on chip, ");
     else say(t, "%d/%d chunks of w_hh on chip, ", (int)k->resident, (int)k->chunks);
     say(t, "%d warps, %u bytes of shared memory; %.2f us a step predicted, not measured\n", (int)k->warps, k->shared,

@@ -9,7 +9,7 @@
 #define TRITLSTM_CUDA_PARAMETERS(X)                                                                                  \
     X(gates_ptr) X(w_ptr) X(h0_ptr) X(c0_ptr) X(lengths_ptr) X(exchange_ptr) X(out_ptr) X(cells_ptr) X(h_n_ptr)      \
     X(c_n_ptr) X(counter_ptr) X(status_ptr) X(grad_out_ptr) X(grad_h_n_ptr) X(grad_c_n_ptr) X(grad_gates_ptr)        \
-    X(grad_c_ptr) X(T) X(B) X(step_begin) X(step_end) X(reverse) X(n_tiles) X(spin_limit) X(grad_out_stride_t)       \
+    X(parts_ptr) X(grad_c_ptr) X(T) X(B) X(step_begin) X(step_end) X(reverse) X(n_tiles) X(spin_limit) X(grad_out_stride_t)       \
     X(grad_out_stride_b) X(a_ptr) X(b_ptr) X(bias_ptr) X(c_ptr) X(M) X(N) X(K) X(a_stride) X(b_stride) X(c_stride)   \
     X(biased) X(accumulate) X(source_ptr) X(target_ptr) X(h_ptr) X(W) X(n0) X(n1) X(n2) X(valid0) X(valid1)          \
     X(valid2) X(source_stride0) X(source_stride1) X(target_stride0) X(target_stride1)
@@ -70,11 +70,13 @@ typedef struct tritlstm_cuda_kernel {
     uint16_t n_blocks;
     uint32_t planned; /* bytes of shared memory by the planner's count */
     uint16_t resident, chunks;
+    uint16_t parts; /* blocks of a team, which hand each other partial sums */
     double cost[7]; /* capi/aot.py, costs() */
 } tritlstm_cuda_kernel;
 
 extern const double tritlstm_sm_l2_bytes_per_us;
 extern const int32_t tritlstm_spin_limit;
+extern const int tritlstm_tagged_slots;
 extern const tritlstm_cuda_family tritlstm_families[];
 extern const int tritlstm_families_count;
 extern const tritlstm_cuda_image tritlstm_images[];
