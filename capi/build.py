@@ -1,8 +1,16 @@
 """Builds the C library: ``tritlstm build-c DIR``.
 
-``DIR`` becomes a prefix that can be moved as a whole::
+``DIR`` becomes a prefix that can be moved as a whole. With ``--engine aot``, a library that needs no Python::
 
     DIR/include/tritlstm.h
+    DIR/include/tritlstm.hpp                    the same for C++17
+    DIR/lib/libtritlstm.so
+    DIR/lib/pkgconfig/tritlstm.pc
+    DIR/lib/cmake/tritlstm/                     find_package(tritlstm)
+
+With ``--engine python``, one that runs this Python environment::
+
+    DIR/include, DIR/lib/cmake                  as above
     DIR/lib/libtritlstm_python.so               the library, free of Python itself
     DIR/lib/tritlstm/python_engine.so, .conf    what it opens on first use, and where the environment is
     DIR/lib/pkgconfig/tritlstm_python.pc
@@ -12,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import io
 import os
 import re
@@ -27,9 +36,17 @@ from pathlib import Path
 from tritlstm._version import __version__
 
 SOURCE = Path(__file__).resolve().parent
-LIBRARY = "libtritlstm_python.so"
-SONAME = f"{LIBRARY}.0"
-EXAMPLES = ("generate", "train_step")
+NAMES = {"aot": "tritlstm", "python": "tritlstm_python"}  # of the libraries, by engine
+DESCRIPTIONS = {
+    "aot": "LSTM for CUDA devices and CPUs, without Python",
+    "python": "LSTM in Triton, run by an embedded Python",
+}
+COMMON = ("front.c", "safetensors.c")
+HOST = ("aot_engine.c", "host_engine.c", "host_walk.c", "host_kernels.c", "host_numbers.c")
+NO_IMAGES = "none"
+SOVERSION = "0"
+HEADERS = ("tritlstm.h", "tritlstm.hpp")
+EXAMPLES = {"generate": "c", "train_step": "c", "fit": "cpp", "stream": "rs"}  # and their languages
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 COMPILE = ["-std=c11", "-O2", "-fPIC", "-fvisibility=hidden", *WARNINGS]
 LINK = ["-shared", "-Wl,-z,now", "-Wl,-z,noexecstack", "-Wl,-z,nodelete", "-Wl,--as-needed"]
@@ -44,6 +61,12 @@ class Built:
     """Where ``build`` put things."""
 
     directory: Path
+    engine: str = "python"
+
+    @property
+    def name(self) -> str:
+        """What a linker and pkg-config call the library."""
+        return NAMES[self.engine]
 
     @property
     def header(self) -> Path:
@@ -51,16 +74,16 @@ class Built:
 
     @property
     def library(self) -> Path:
-        return self.directory / "lib" / LIBRARY
+        return self.directory / "lib" / f"lib{self.name}.so"
 
     @property
     def pkg_config(self) -> Path:
-        return self.directory / "lib" / "pkgconfig" / "tritlstm_python.pc"
+        return self.directory / "lib" / "pkgconfig" / f"{self.name}.pc"
 
     def flags(self) -> list[str]:
         """Compiler flags of a host that finds the library where it stands now."""
         lib = self.library.parent
-        return [f"-I{self.header.parent}", f"-L{lib}", "-ltritlstm_python", f"-Wl,-rpath,{lib}"]
+        return [f"-I{self.header.parent}", f"-L{lib}", f"-l{self.name}", f"-Wl,-rpath,{lib}"]
 
 
 def declarations(functions: bool = True) -> str:
@@ -223,40 +246,95 @@ def _build_engine(cc: list[str], folder: Path) -> None:
     (folder / "python_engine.conf").write_bytes(os.fsencode("\n".join(settings) + "\n"))
 
 
-def _build_library(cc: list[str], lib: Path) -> None:
-    sources = [str(SOURCE / "src" / name) for name in ("front.c", "safetensors.c", "python_loader.c")]
-    compile_ = [*cc, *COMPILE, "-pedantic", f"-I{SOURCE / 'include'}", f"-I{SOURCE / 'src'}", *sources]
+def _cuda_sources(folder: Path, images: str) -> list[Path]:
+    """C and assembly files of the CUDA side with the device images `images`."""
+    if images == NO_IMAGES:
+        return [SOURCE / "src" / "cuda_absent.c"]
+    try:
+        aot = importlib.import_module("tritlstm.capi.aot")
+    except ImportError as error:
+        raise BuildError(f"--images {images}: device images can't be made here: {error}") from error
+    written = [path for path in sorted((SOURCE / "src").glob("cuda_*.c")) if path.name != "cuda_absent.c"]
+    return [*written, *aot.sources(folder, images)]
+
+
+def _fill_templates(built: Built, lib: Path) -> None:
+    """Writes what pkg-config and CMake read."""
+    major, minor, _ = __version__.split(".", 2)
+    values = {"NAME": built.name, "DESCRIPTION": DESCRIPTIONS[built.engine], "VERSION": __version__}
+    values |= {"MAJOR": major, "MINOR": minor, "SOVERSION": SOVERSION}
+    targets = {"tritlstm.pc.in": lib / "pkgconfig" / f"{built.name}.pc"}
+    for name in ("tritlstmConfig.cmake", "tritlstmConfigVersion.cmake"):
+        targets[f"cmake/{name}.in"] = lib / "cmake" / "tritlstm" / name
+    for template, target in targets.items():
+        text = (SOURCE / template).read_text()
+        for key, value in values.items():
+            text = text.replace(f"@{key}@", value)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text)
+
+
+def _build_library(cc: list[str], lib: Path, engine: str, images: str, cblas: str | None) -> None:
+    name = f"lib{NAMES[engine]}.so"
+    soname = f"{name}.{SOVERSION}"
+    includes = [f"-I{SOURCE / 'include'}", f"-I{SOURCE / 'src'}"]
     exports = f"-Wl,--version-script={SOURCE / 'libtritlstm.map'}"
-    link = [*LINK, "-Wl,-z,defs", f"-Wl,-soname,{SONAME}", exports, "-o", str(lib / SONAME)]
-    _run([*compile_, *link, "-pthread", "-ldl"], "compiling the library")
-    (lib / LIBRARY).symlink_to(SONAME)
+    link = [*LINK, "-Wl,-z,defs", f"-Wl,-soname,{soname}", exports, "-o", str(lib / soname), "-pthread", "-ldl"]
+    with tempfile.TemporaryDirectory(prefix=".generated-", dir=lib) as generated:
+        if engine == "python":
+            sources = [SOURCE / "src" / source for source in (*COMMON, "python_loader.c")]
+        else:
+            sources = [SOURCE / "src" / source for source in (*COMMON, *HOST)]
+            sources += _cuda_sources(Path(generated), images)
+            # -std=c11 alone would forbid a multiplication and an addition in one instruction.
+            includes += ["-ffp-contract=fast", f"-ffile-prefix-map={generated}=."]
+            includes += ["-DTRITLSTM_CBLAS"] if cblas else []
+            link += ["-lm", *shlex.split(cblas or "")]
+        compile_ = [*cc, *COMPILE, "-pedantic", *includes, *map(str, sources)]
+        _run([*compile_, *link], "compiling the library")
+    (lib / name).symlink_to(soname)
 
 
-def build(directory: str | Path, cc: str | None = None) -> Built:
+def build(
+    directory: str | Path,
+    cc: str | None = None,
+    engine: str = "python",
+    images: str = NO_IMAGES,
+    cblas: str | None = None,
+) -> Built:
     """Builds library, header and pkg-config file into the prefix ``directory``, made if it is missing.
 
-    The library will run the Python environment that this is called in. Files of an earlier build are replaced
-    one by one, whole; a host that runs keeps what it has open.
+    Files of an earlier build are replaced one by one, whole; a host that runs keeps what it has open.
+
+    Args:
+        directory: the prefix.
+        cc: C compiler as a command line; None: ``$CC``, else ``cc``.
+        engine: ``"python"``, which will run the Python environment that this is called in, or ``"aot"``.
+        images: device images of the engine ``"aot"``; ``"none"``: it runs on CPUs only.
+        cblas: linker options of a CBLAS for large products on a CPU (engine ``"aot"``); None: its own loops.
 
     Raises:
+        ValueError: no engine has that name.
         BuildError: a compiler, Python.h or libpython is missing, or compiling failed.
     """
+    if engine not in NAMES:
+        raise ValueError(f"no engine {engine!r}: one of {', '.join(NAMES)}")
     if not sys.platform.startswith("linux"):
         raise BuildError(f"the C library is built for Linux only, not for {sys.platform}")
     command = compiler(cc)
-    built = Built(Path(directory).resolve())
+    built = Built(Path(directory).resolve(), engine)
     try:
         built.directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".build-", dir=built.directory) as name:
             scratch = Path(name)
-            for folder in ("include", "lib/tritlstm", "lib/pkgconfig"):
+            for folder in ("include", "lib/tritlstm"):
                 (scratch / folder).mkdir(parents=True)
-            shutil.copyfile(SOURCE / "include" / "tritlstm.h", scratch / "include" / "tritlstm.h")
-            template = (SOURCE / "tritlstm_python.pc.in").read_text()
-            package = template.replace("@VERSION@", __version__)
-            (scratch / "lib/pkgconfig/tritlstm_python.pc").write_text(package)
-            _build_library(command, scratch / "lib")
-            _build_engine(command, scratch / "lib" / "tritlstm")
+            for header in HEADERS:
+                shutil.copyfile(SOURCE / "include" / header, scratch / "include" / header)
+            _fill_templates(built, scratch / "lib")
+            _build_library(command, scratch / "lib", engine, images, cblas)
+            if engine == "python":
+                _build_engine(command, scratch / "lib" / "tritlstm")
             for path in sorted(scratch.rglob("*")):
                 if path.is_symlink() or path.is_file():
                     target = built.directory / path.relative_to(scratch)
@@ -267,47 +345,120 @@ def build(directory: str | Path, cc: str | None = None) -> Built:
     return built
 
 
+def example_compiler(name: str, cc: str | None = None) -> list[str]:
+    """The compiler of an example as a command line: for C `compiler`, for C++ ``$CXX`` or ``c++``, for Rust ``rustc``.
+
+    Raises:
+        BuildError: there is none.
+    """
+    if EXAMPLES[name] == "c":
+        return compiler(cc)
+    variable, default, what, package = {
+        "cpp": ("CXX", "c++", "C++", "g++"),
+        "rs": ("RUSTC", "rustc", "Rust", "rustc"),
+    }[EXAMPLES[name]]
+    words = shlex.split(os.environ.get(variable) or default)
+    if shutil.which(words[0]) is None:
+        raise BuildError(
+            f"no {what} compiler {words[0]!r} for the example {name}: install one (Debian and Ubuntu: apt install "
+            f"{package}) or name it in ${variable}"
+        )
+    return words
+
+
 def build_example(name: str, built: Built, output: str | Path, cc: str | None = None) -> Path:
-    """Compiles ``examples/NAME.c`` against a built library into the program ``output``.
+    """Compiles the example `name` against a built library into the program ``output``.
 
     Raises:
         ValueError: no example has that name.
-        BuildError: compiling failed.
+        BuildError: its compiler is missing, or compiling failed.
     """
     if name not in EXAMPLES:
         raise ValueError(f"no example {name!r}: one of {', '.join(EXAMPLES)}")
-    sources = [str(SOURCE / "examples" / f"{name}.c")]
-    if name == "generate":
-        sources.append(str(SOURCE / "src" / "safetensors.c"))
+    language = EXAMPLES[name]
+    words = example_compiler(name, cc)
+    sources = [str(SOURCE / "examples" / f"{name}.{language}")]
     target = Path(output)
     target.parent.mkdir(parents=True, exist_ok=True)
-    compile_ = [*compiler(cc), "-std=c11", "-O2", *WARNINGS, f"-I{SOURCE / 'src'}", *sources]
-    _run([*compile_, *built.flags(), "-lm", "-o", str(target)], f"compiling the example {name}")
+    if language == "rs":
+        lib = built.library.parent
+        link = ["-L", str(lib), "-l", built.name, "-C", f"link-arg=-Wl,-rpath,{lib}"]
+        command = [*words, "-O", "-D", "warnings", *sources, *link, "-o", str(target)]
+    else:
+        standard = "-std=c11" if language == "c" else "-std=c++17"
+        if name == "generate":
+            sources.append(str(SOURCE / "src" / "safetensors.c"))
+        compile_ = [*words, standard, "-O2", *WARNINGS, f"-I{SOURCE / 'src'}", *sources]
+        command = [*compile_, *built.flags(), "-lm", "-o", str(target)]
+    _run(command, f"compiling the example {name}")
     return target
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``tritlstm build-c``."""
     parser.add_argument("directory", metavar="DIR", help="prefix to build into: DIR/include, DIR/lib")
+    parser.add_argument(
+        "--engine",
+        choices=[*NAMES, "both"],
+        default="python",
+        help="aot: libtritlstm, which needs no Python; python: libtritlstm_python, which runs this environment "
+        "with every option of it (default)",
+    )
+    parser.add_argument(
+        "--images",
+        metavar="SET",
+        default=NO_IMAGES,
+        help="device images in libtritlstm: none (default; CPUs only) or what capi/aot.py names",
+    )
+    parser.add_argument(
+        "--cblas",
+        metavar="OPTIONS",
+        help='linker options of a CBLAS for the CPU path of libtritlstm, such as "-lopenblas" (default: its own loops)',
+    )
     parser.add_argument("--cc", metavar="COMMAND", help="C compiler (default: $CC, else cc)")
     parser.add_argument("--examples", action="store_true", help="compile the examples into DIR/bin as well")
 
 
+def _build_examples(built: Built, cc: str | None) -> tuple[list[Path], list[str]]:
+    """The programs, and for each example whose language has no compiler here the reason."""
+    programs, left_out = [], []
+    for name in EXAMPLES:
+        try:
+            example_compiler(name, cc)
+        except BuildError as error:
+            left_out.append(str(error))
+            continue
+        programs.append(build_example(name, built, built.directory / "bin" / name, cc))
+    return programs, left_out
+
+
 def run(args: argparse.Namespace) -> int:
     """Runs ``tritlstm build-c``; returns the exit status."""
+    engines = list(NAMES) if args.engine == "both" else [args.engine]
     try:
-        built = build(args.directory, args.cc)
-        programs = [
-            build_example(name, built, built.directory / "bin" / name, args.cc)
-            for name in (EXAMPLES if args.examples else ())
+        libraries = [
+            build(args.directory, args.cc, engine, args.images, args.cblas)
+            if engine == "aot"
+            else build(args.directory, args.cc, engine)
+            for engine in engines
         ]
+        built = libraries[0]
+        programs, left_out = _build_examples(built, args.cc) if args.examples else ([], [])
     except BuildError as error:
         print(f"tritlstm build-c: {error}", file=sys.stderr)
         return 1
-    for path in (built.header, built.library, built.pkg_config, *programs):
+    print(built.header)
+    for library in libraries:
+        print(library.library, library.pkg_config, sep="\n")
+    for path in programs:
         print(path)
-    flags = f"$(pkg-config --cflags --libs tritlstm_python) -Wl,-rpath,{built.library.parent}"
-    print(f"\nThe library runs the environment of {_interpreter()}. To compile a host:\n")
+    for reason in left_out:
+        print(f"left out: {reason}")
+    if "python" in engines:
+        print(f"\nlibtritlstm_python runs the environment of {_interpreter()}.")
+    print("\nTo compile a host:\n")
     print(f"  export PKG_CONFIG_PATH={built.pkg_config.parent}")
-    print(f"  cc host.c {flags} -o host")
+    for library in libraries:
+        flags = f"$(pkg-config --cflags --libs {library.name}) -Wl,-rpath,{library.library.parent}"
+        print(f"  cc host.c {flags} -o host")
     return 0

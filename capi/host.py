@@ -8,6 +8,7 @@ Importing this loads neither torch nor triton; the first ``create`` does.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import struct
 import sys
@@ -287,7 +288,7 @@ class Host:
                 self._load(network, weights, dtypes)
             elif options.initial_weights == UNIFORM:
                 generator = torch.Generator().manual_seed(options.seed)
-                bound = network.module.hidden_size**-0.5
+                bound = 1 / math.sqrt(network.module.hidden_size)  # as torch.nn.LSTM writes it
                 for weight in network.weights:
                     # Drawn on the CPU in the order of torch.nn.LSTM: the same weights on every device.
                     drawn = torch.empty(weight.shape, dtype=network.dtype)

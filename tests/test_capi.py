@@ -5,17 +5,49 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import re
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from cffi import FFI
+from capi_harness import (
+    ARGUMENT,
+    BIG,
+    BUFFER,
+    CASES,
+    CPU,
+    CUDA,
+    DEVICE,
+    DTYPES,
+    FILE,
+    FORKED,
+    FORMAT,
+    INTERNAL,
+    MEMORY,
+    NULL,
+    OK,
+    OVERFLOW,
+    STATE,
+    UNAVAILABLE,
+    UNSUPPORTED,
+    WEIGHTS,
+    B,
+    D,
+    Failed,
+    H,
+    Library,
+    Problem,
+    T,
+    assert_same,
+    assert_within_budget,
+    case_id,
+    ffi,
+    make_forward,
+    pointer,
+    pointers,
+    refuses,
+)
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -23,78 +55,16 @@ import tritlstm
 from tritlstm import reference
 from tritlstm.capi import build, host
 
-OK, ARGUMENT, UNSUPPORTED, OVERFLOW, MEMORY, FILE, FORMAT, WEIGHTS = range(8)
-BUFFER, STATE, UNAVAILABLE, DEVICE, FORKED, INTERNAL = range(8, 14)
-DTYPES = {"float32": 1, "float16": 2, "bfloat16": 3, "float64": 4}
-CPU, CUDA = 1, 2
-T, B, D, H = 5, 3, 4, 6
-BIG = 2**62
-
 # torch says so once for each process; the C library is silent.
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 
-ffi = FFI()
-ffi.cdef(build.declarations())
-NULL = ffi.NULL
-
-
-@pytest.fixture(scope="module")
-def lib(tmp_path_factory) -> Any:
-    built = build.build(tmp_path_factory.mktemp("capi"))
+@pytest.fixture(scope="module", params=list(build.NAMES))
+def lib(request, tmp_path_factory) -> Any:
+    built = build.build(tmp_path_factory.mktemp("capi"), engine=request.param)
     return ffi.dlopen(str(built.library))
 
 
-def pointer(value: Tensor | None) -> Any:
-    return NULL if value is None else ffi.cast("void *", value.data_ptr())
-
-
-def pointers(values: list[Tensor | None]) -> Any:
-    return ffi.new("void *[]", [pointer(value) for value in values])
-
-
-class Failed(Exception):
-    def __init__(self, status: int, message: str):
-        super().__init__(f"{status}: {message}")
-        self.status = status
-
-
-class Library:
-    """The functions, with a failure as an exception."""
-
-    def __init__(self, lib: Any):
-        self.lib = lib
-
-    def error(self) -> str:
-        return ffi.string(self.lib.tritlstm_last_error()).decode()
-
-    def struct(self, type_: str, **members: Any) -> Any:
-        value = ffi.new(f"tritlstm_{type_} *")
-        assert getattr(self.lib, f"tritlstm_{type_}_init")(value, ffi.sizeof(value[0])) == OK
-        for name, member in members.items():
-            setattr(value, name, member)
-        return value
-
-    def __getattr__(self, name: str) -> Any:
-        function = getattr(self.lib, f"tritlstm_{name}")
-
-        def call(*args: Any) -> None:
-            status = function(*args)
-            if status != OK:
-                raise Failed(status, self.error())
-
-        return call
-
-    def create(self, weights: Any = NULL, **members: Any) -> Any:
-        handle = ffi.new("tritlstm **")
-        options = self.struct("options", **{"input_size": D, "hidden_size": H, **members})
-        self.__getattr__("create")(options, weights, handle)
-        return ffi.gc(handle[0], self.lib.tritlstm_destroy)
-
-    def load(self, path: Path, **members: Any) -> Any:
-        handle = ffi.new("tritlstm **")
-        options = self.struct("load_options", **members)
-        self.create_from_safetensors(str(path).encode(), options, handle)
-        return ffi.gc(handle[0], self.lib.tritlstm_destroy)
+PYTHON = pytest.mark.parametrize("lib", ["python"], indirect=True)
 
 
 @pytest.fixture(scope="module")
@@ -103,151 +73,6 @@ def c(lib) -> Library:
 
 
 # -- values -------------------------------------------------------------------------------------------------
-
-CASES = [  # layers, bidirectional, bias, proj_size, batch_first, dtype, lengths
-    (1, False, True, 0, False, "float32", False),
-    (1, False, False, 0, True, "float64", False),
-    (2, True, True, 0, False, "float64", False),
-    (2, True, True, 3, True, "float32", False),
-    (3, False, True, 2, False, "float64", False),
-    (1, True, False, 0, False, "float16", False),
-    (2, False, True, 0, True, "bfloat16", False),
-    (1, False, True, 0, False, "float64", True),
-    (2, True, True, 0, True, "float32", True),
-    (2, True, False, 3, False, "float64", True),
-    (1, True, True, 2, True, "float32", True),
-]
-
-
-def case_id(case: tuple[Any, ...]) -> str:
-    layers, bidirectional, bias, proj, batch_first, dtype, lengths = case
-    flags = ["both"] * bidirectional + ["no-bias"] * (not bias) + [f"proj{proj}"] * (proj > 0)
-    return "-".join([f"{layers}layer", *flags, *["batch-first"] * batch_first, dtype, *["lengths"] * lengths])
-
-
-class Problem:
-    """Inputs, gradients of the outputs and the weights of a random LSTM, rounded to a dtype."""
-
-    def __init__(self, case: tuple[Any, ...], steps: int = T):
-        self.layers, self.bidirectional, self.bias, self.proj, self.batch_first, name, lengths = case
-        self.name, self.dtype = name, getattr(torch, name)
-        self.rows, self.width = self.layers * (1 + self.bidirectional), self.proj or H
-        generator = torch.Generator().manual_seed(case_id(case).__len__() + steps)
-        self.module = nn.LSTM(D, H, self.layers, self.bias, False, 0.0, self.bidirectional, self.proj).to(
-            self.dtype
-        )
-        for weight in self.module.parameters():
-            drawn = 0.5 * torch.randn(weight.shape, generator=generator, dtype=torch.float64)
-            weight.data.copy_(drawn)
-
-        def draw(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, dtype=torch.float64).to(self.dtype)
-
-        self.x = draw(steps, B, D)
-        self.h0, self.c0 = draw(self.rows, B, self.width), draw(self.rows, B, H)
-        out_width = self.width * (1 + self.bidirectional)
-        self.grads = [draw(steps, B, out_width), draw(self.rows, B, self.width), draw(self.rows, B, H)]
-        self.lengths = torch.tensor([steps, 0, 2], dtype=torch.int32) if lengths else None
-        self.names = [
-            "out",
-            "h_n",
-            "c_n",
-            "x",
-            "h0",
-            "c0",
-            *(name for name, _ in self.module.named_parameters()),
-        ]
-
-    def options(self) -> dict[str, Any]:
-        return {
-            "num_layers": self.layers,
-            "bidirectional": self.bidirectional,
-            "bias": self.bias,
-            "proj_size": self.proj,
-            "batch_first": self.batch_first,
-            "dtype": DTYPES[self.name],
-        }
-
-    def torch(self, dtype: torch.dtype) -> dict[str, np.ndarray]:
-        """Outputs and gradients by torch.nn.LSTM, every sequence cut to its length and run alone."""
-        module = nn.LSTM(D, H, self.layers, self.bias, False, 0.0, self.bidirectional, self.proj).to(dtype)
-        module.load_state_dict(self.module.state_dict())
-        x, h0, c0 = (value.to(dtype).requires_grad_() for value in (self.x, self.h0, self.c0))
-        lengths = [len(self.x)] * B if self.lengths is None else self.lengths.tolist()
-        outs, h_ns, c_ns = [], [], []
-        for b, length in enumerate(lengths):
-            out = x.new_zeros(len(self.x), 1, self.grads[0].shape[2])
-            h_n, c_n = h0[:, b : b + 1], c0[:, b : b + 1]
-            if length:
-                run, (h_n, c_n) = module(x[:length, b : b + 1], (h_n.contiguous(), c_n.contiguous()))
-                out = torch.cat([run, out[length:]])
-            outs.append(out)
-            h_ns.append(h_n)
-            c_ns.append(c_n)
-        outputs = [torch.cat(parts, 1) for parts in (outs, h_ns, c_ns)]
-        upstream = [grad.to(dtype) for grad in self.grads]
-        found = torch.autograd.grad(outputs, [x, h0, c0, *module.parameters()], upstream)
-        values = [value.detach().double().numpy() for value in (*outputs, *found)]
-        return dict(zip(self.names, values, strict=True))
-
-    def flip(self, value: Tensor) -> Tensor:
-        return value.transpose(0, 1).contiguous() if self.batch_first else value
-
-    def c(self, c: Library) -> dict[str, np.ndarray]:
-        """The same by the C library: inference, training, backward; the two forwards must agree."""
-        lstm = c.create(pointers(list(self.module.parameters())), **self.options())
-        x, grad_out = self.flip(self.x), self.flip(self.grads[0])
-        sizes = ffi.new("size_t[2]")
-        c.sizes(lstm, len(self.x), B, 1, sizes, sizes + 1)
-        assert sizes[0] == 0
-        reserve = torch.zeros(sizes[1], dtype=torch.uint8)
-        outputs = []
-        for training in (False, True):
-            out, h_n, c_n = (torch.full_like(value, math.nan) for value in (grad_out, *self.grads[1:]))
-            args = c.struct("forward_args", steps=len(self.x), batch=B, x=pointer(x))
-            args.h0, args.c0, args.out = pointer(self.h0), pointer(self.c0), pointer(out)
-            args.h_n, args.c_n = pointer(h_n), pointer(c_n)
-            args.lengths = ffi.cast("int32_t *", pointer(self.lengths))
-            if training:
-                args.reserve, args.reserve_bytes = pointer(reserve), sizes[1]
-            c.forward(lstm, args)
-            outputs.append([out, h_n, c_n])
-        for inference, training_ in zip(*outputs, strict=True):
-            assert torch.equal(inference, training_)
-        out, h_n, c_n = outputs[1]
-
-        results = [torch.full_like(value, math.nan) for value in (x, self.h0, self.c0)]
-        weights = [torch.full_like(value, math.nan) for value in self.module.parameters()]
-        args = c.struct("backward_args", steps=len(self.x), batch=B, x=pointer(x))
-        args.lengths = ffi.cast("int32_t *", pointer(self.lengths))
-        args.h0, args.c0, args.out = pointer(self.h0), pointer(self.c0), pointer(out)
-        args.grad_out, args.grad_h_n, args.grad_c_n = (pointer(g) for g in (grad_out, *self.grads[1:]))
-        args.grad_x, args.grad_h0, args.grad_c0 = (pointer(g) for g in results)
-        array = pointers(weights)
-        args.grad_weights = array
-        args.reserve, args.reserve_bytes = pointer(reserve), sizes[1]
-        c.backward(lstm, args)
-        values = [self.flip(out), h_n, c_n, self.flip(results[0]), *results[1:], *weights]
-        return {name: v.detach().double().numpy() for name, v in zip(self.names, values, strict=True)}
-
-
-def assert_within_budget(
-    found: dict[str, np.ndarray], base: dict[str, np.ndarray], own: dict[str, np.ndarray], dtype: torch.dtype
-) -> None:
-    """At most twice torch's own error in the same dtype, plus one rounding; all against float64."""
-    eps = torch.finfo(dtype).eps
-    for name, value in base.items():
-        # In float64 torch's own error is not known: allow what sums of a few hundred rounded terms can lose.
-        allowed = (
-            200 * eps if dtype == torch.float64 else 2 * np.abs(own[name] - value).max() / scale(value) + eps
-        )
-        error = np.abs(found[name] - value).max() / scale(value)
-        assert error <= allowed, f"{name}: error {error:.2e}, budget {allowed:.2e}"  # NaN fails, too
-
-
-def scale(value: np.ndarray) -> float:
-    return max(float(np.abs(value).max()), 1e-30)
-
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_outputs_and_every_gradient_match_torch(c, case):
@@ -270,13 +95,6 @@ def test_outputs_and_gradients_match_the_numpy_reference(c, steps):
     assert_within_budget(problem.c(c), base, base, torch.float64)
 
 
-def make_forward(c: Library, x: Tensor, out: Tensor, **members: Any) -> Any:
-    args = c.struct("forward_args", steps=x.shape[0], batch=x.shape[1], x=pointer(x), out=pointer(out))
-    for name, value in members.items():
-        setattr(args, name, pointer(value) if isinstance(value, Tensor) else value)
-    return args
-
-
 def test_absent_states_are_zeros_and_unwanted_results_are_left_alone(c):
     problem = Problem((2, False, True, 0, False, "float32", False))
     lstm = c.create(pointers(list(problem.module.parameters())), **problem.options())
@@ -285,8 +103,8 @@ def test_absent_states_are_zeros_and_unwanted_results_are_left_alone(c):
     half = torch.empty(T, B, H)
     c.forward(lstm, make_forward(c, problem.x, half, c0=problem.c0))
     with torch.no_grad():  # recorded by autograd, torch takes another path
-        assert torch.equal(out, problem.module(problem.x)[0])
-        assert torch.equal(half, problem.module(problem.x, (torch.zeros_like(problem.h0), problem.c0))[0])
+        assert_same(c, out, problem.module(problem.x)[0])
+        assert_same(c, half, problem.module(problem.x, (torch.zeros_like(problem.h0), problem.c0))[0])
 
 
 def test_final_states_may_replace_the_initial_ones(c):
@@ -297,20 +115,19 @@ def test_final_states_may_replace_the_initial_ones(c):
     c.forward(lstm, make_forward(c, problem.x, out, h0=h, c0=c_, h_n=h, c_n=c_))
     with torch.no_grad():
         expected, (h_n, c_n) = problem.module(problem.x, (problem.h0, problem.c0))
-    assert torch.equal(out, expected)
-    assert torch.equal(h, h_n)
-    assert torch.equal(c_, c_n)
+    for ours, theirs in ((out, expected), (h, h_n), (c_, c_n)):
+        assert_same(c, ours, theirs)
 
 
 def test_gradients_not_wanted_are_not_written_and_absent_ones_count_as_zero(c):
     problem = Problem((2, False, True, 0, False, "float64", False))
     lstm = c.create(pointers(list(problem.module.parameters())), **problem.options())
-    out, reserve = torch.empty(T, B, H, dtype=torch.float64), torch.empty(64, dtype=torch.uint8)
-    c.forward(lstm, make_forward(c, problem.x, out, reserve=reserve, reserve_bytes=64))
+    out, (_, reserve) = torch.empty(T, B, H, dtype=torch.float64), c.scratch(lstm, T, B, True)
+    c.forward(lstm, make_forward(c, problem.x, out, reserve=reserve.pointer, reserve_bytes=reserve.size))
     weight = torch.full((4 * H, H), math.nan, dtype=torch.float64)
     array = pointers([None, weight, None, None, None, None, None, None])
     args = c.struct("backward_args", steps=T, batch=B, x=pointer(problem.x), out=pointer(out))
-    args.reserve, args.reserve_bytes, args.grad_weights = pointer(reserve), 64, array
+    args.reserve, args.reserve_bytes, args.grad_weights = reserve.pointer, reserve.size, array
     args.grad_c_n = pointer(problem.grads[2])
     for _ in range(2):  # the reserve is only read
         c.backward(lstm, args)
@@ -332,9 +149,11 @@ def test_steps_carry_the_state_and_give_the_sequences_outputs(c):
     handle = ffi.gc(state[0], c.lib.tritlstm_state_destroy)
     expected, (h_n, c_n) = problem.module(problem.x)
     out = torch.empty(B, 3)
+    workspace, _ = c.scratch(lstm, 1, B, False)
+    scratch = (workspace.pointer, workspace.size) if workspace.size else (NULL, 0)
     del lstm  # a state keeps its network
     for t in range(T):
-        c.step(handle, pointer(problem.x[t]), pointer(out), NULL, 0, NULL)
+        c.step(handle, pointer(problem.x[t]), pointer(out), *scratch, NULL)
         torch.testing.assert_close(out, expected[t], rtol=1e-6, atol=1e-7)
     h, c_ = torch.empty(2, B, 3), torch.empty(2, B, H)
     c.state_get(handle, pointer(h), pointer(c_), CPU, NULL)
@@ -348,23 +167,25 @@ def test_steps_carry_the_state_and_give_the_sequences_outputs(c):
     for before, after in ((h, kept_h), (c_, kept_c)):
         assert torch.equal(after[:, 1], torch.zeros_like(after[:, 1]))
         assert torch.equal(after[:, [0, 2]], before[:, [0, 2]])
-    c.step(handle, pointer(problem.x[0]), pointer(out), NULL, 0, NULL)
+    c.step(handle, pointer(problem.x[0]), pointer(out), *scratch, NULL)
     torch.testing.assert_close(out[1], expected[0, 1], rtol=1e-6, atol=1e-7)
 
     c.state_set(handle, pointer(problem.h0), NULL, CPU, NULL)
     c.state_reset(handle, NULL, NULL)
     c.state_set(handle, NULL, pointer(problem.c0), CPU, NULL)
-    c.step(handle, pointer(problem.x[0]), pointer(out), NULL, 0, NULL)
+    c.step(handle, pointer(problem.x[0]), pointer(out), *scratch, NULL)
     begun, _ = problem.module(problem.x[:1], (torch.zeros_like(problem.h0), problem.c0))
     torch.testing.assert_close(out, begun[0], rtol=1e-6, atol=1e-7)
 
 
-def test_seeds_give_pytorchs_own_initial_weights(c):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_seeds_give_pytorchs_own_initial_weights(c, dtype):
     torch.manual_seed(11)
-    expected = list(nn.LSTM(D, H, 2, bidirectional=True, proj_size=2).parameters())
+    expected = list(nn.LSTM(D, H, 2, bidirectional=True, proj_size=2, dtype=dtype).parameters())
     torch.manual_seed(99)
     before = torch.random.get_rng_state()
-    lstm = c.create(num_layers=2, bidirectional=1, proj_size=2, seed=11)
+    name = str(dtype).removeprefix("torch.")
+    lstm = c.create(num_layers=2, bidirectional=1, proj_size=2, seed=11, dtype=DTYPES[name])
     assert torch.equal(torch.random.get_rng_state(), before), "the host's own random numbers must not move"
     found = [torch.empty_like(weight) for weight in expected]
     c.get_weights(lstm, pointers(found), CPU, NULL)
@@ -433,23 +254,26 @@ def test_explain_names_engine_device_and_path(c):
     c.explain(lstm, T, B, 1, text, needed[0], NULL)
     words = ffi.string(text).decode()
     assert len(words) == needed[0] - 1
-    for part in (
-        f"engine: python, tritlstm {tritlstm.__version__}",
-        f"torch {torch.__version__}",
-        "dtype: float32",
-    ):
+    parts = [f"engine: {c.engine}, tritlstm {tritlstm.__version__}", "dtype: float32"]
+    if c.engine == "python":
+        parts += [f"torch {torch.__version__}"]
+        parts += [str(tritlstm.explain(tritlstm.LSTM(D, H), torch.zeros(T, B, D)))]
+    else:
+        workspace, reserve = c.scratch(lstm, T, B, True)
+        parts += ["path: host path, C on the calling thread", "because options.device is TRITLSTM_CPU"]
+        parts += ["products: own loops", f"workspace {workspace.size} bytes, reserve {reserve.size} bytes"]
+    for part in parts:
         assert part in words
-    assert str(tritlstm.explain(tritlstm.LSTM(D, H), torch.zeros(T, B, D))) in words
     with pytest.raises(Failed, match=f"capacity is 20 bytes, but the text needs {needed[0]}") as caught:
         c.explain(lstm, T, B, 1, text, 20, NULL)
     assert caught.value.status == BUFFER
     assert ffi.string(text).decode() == words[:19]
 
 
-def test_versions_and_names(lib):
+def test_versions_and_names(c, lib):
     assert lib.tritlstm_version() == 100
     assert ffi.string(lib.tritlstm_version_string()).decode() == tritlstm.__version__
-    assert ffi.string(lib.tritlstm_engine()) == b"python"
+    assert c.engine in build.NAMES
     assert ffi.string(lib.tritlstm_status_string(FORKED)) == b"TRITLSTM_ERROR_FORKED"
     for unknown in (-1, 14, 2**31 - 1, -(2**31)):
         assert ffi.string(lib.tritlstm_status_string(unknown)) == b"unknown status"
@@ -476,13 +300,6 @@ def test_status_numbers_never_change(lib):
 
 
 # -- refusals -----------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def refuses(status: int, words: str) -> Iterator[None]:
-    with pytest.raises(Failed, match=re.escape(words)) as caught:
-        yield
-    assert caught.value.status == status, caught.value
 
 
 OPTIONS = [
@@ -632,11 +449,7 @@ FORWARD = [
     ({"out": None}, ARGUMENT, "out is NULL"),
     ({"x": 2}, ARGUMENT, "not a multiple of 4 bytes"),
     ({"reserve": 8, "reserve_bytes": 64}, ARGUMENT, "not a multiple of 16 bytes"),
-    (
-        {"reserve": 0, "reserve_bytes": 63},
-        BUFFER,
-        "reserve_bytes is 63, but 64 are needed: ask tritlstm_sizes",
-    ),
+    ({"reserve": 0, "reserve_bytes": 63}, BUFFER, "reserve_bytes is 63, but {reserve} are needed: ask tritlstm_sizes"),
     ({"reserve_bytes": 64}, ARGUMENT, "reserve is NULL"),
     ({"workspace_bytes": 1}, ARGUMENT, "workspace is NULL"),
     ({"stream": 0}, ARGUMENT, "but must be NULL with TRITLSTM_CPU"),
@@ -649,6 +462,7 @@ def test_bad_forward_arguments_are_refused(c, members, status, words):
     lstm = c.create()
     x, out = torch.zeros(T, B, D), torch.full((T, B, H), 7.0)
     scratch = torch.zeros(128, dtype=torch.uint8)
+    words = words.format(reserve=c.scratch(lstm, T, B, True)[1].size)
     args = make_forward(c, x, out)
     for name, value in members.items():
         if name in ("x", "out", "reserve", "stream"):
@@ -688,12 +502,13 @@ def test_lengths_out_of_range_are_refused(c):
 
 def test_bad_backward_arguments_are_refused(c):
     lstm, other = c.create(), c.create()
-    x, out, reserve = torch.zeros(T, B, D), torch.zeros(T, B, H), torch.zeros(64, dtype=torch.uint8)
-    c.forward(lstm, make_forward(c, x, out, reserve=reserve, reserve_bytes=64))
+    x, out = torch.zeros(T, B, D), torch.zeros(T, B, H)
+    _, reserve = c.scratch(lstm, T, B, True)
+    c.forward(lstm, make_forward(c, x, out, reserve=reserve.pointer, reserve_bytes=reserve.size))
 
     def backward(handle: Any = lstm, **members: Any) -> None:
         args = c.struct("backward_args", steps=T, batch=B, x=pointer(x), out=pointer(out))
-        args.reserve, args.reserve_bytes = pointer(reserve), 64
+        args.reserve, args.reserve_bytes = reserve.pointer, reserve.size
         for name, value in members.items():
             setattr(args, name, value)
         c.backward(handle, args)
@@ -703,7 +518,7 @@ def test_bad_backward_arguments_are_refused(c):
     before = "the reserve was not filled by a forward of this handle with the same steps"
     with refuses(ARGUMENT, "reserve is NULL"):
         backward(reserve=NULL, reserve_bytes=0)
-    with refuses(BUFFER, "reserve_bytes is 8, but 64 are needed"):
+    with refuses(BUFFER, f"reserve_bytes is 8, but {reserve.size} are needed"):
         backward(reserve_bytes=8)
     with refuses(STATE, before):
         backward(other)
@@ -720,7 +535,7 @@ def test_bad_backward_arguments_are_refused(c):
     with refuses(OVERFLOW, "x: 4611686018427387904 x 3 x 4"):
         backward(steps=BIG)
     with refuses(STATE, before):
-        reserve.zero_()
+        reserve.memory.zero_()
         backward()
 
 
@@ -770,7 +585,11 @@ def test_bad_weights_and_states_are_refused(c, lib):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_a_missing_device_is_said_to_be_missing(c):
-    with refuses(DEVICE, f"no CUDA device: torch {torch.__version__} was built"):
+    if c.engine == "python":
+        status, words = DEVICE, f"no CUDA device: torch {torch.__version__} was built"
+    else:
+        status, words = UNAVAILABLE, "was built without device images: build it with `tritlstm build-c DIR --engine aot"
+    with refuses(status, words):
         c.create(device=CUDA)
 
 
@@ -935,6 +754,7 @@ RAISED = [
 ]
 
 
+@PYTHON
 @pytest.mark.parametrize(
     ("error", "status", "words"),
     RAISED,
@@ -954,6 +774,7 @@ def test_whatever_python_raises_becomes_a_status(c, monkeypatch, capfd, error, s
     assert capfd.readouterr() == ("", "")
 
 
+@PYTHON
 def test_an_error_without_words(c, monkeypatch, capfd):
     class Silent(Exception):
         def __str__(self) -> str:
@@ -976,6 +797,7 @@ def test_another_version_of_the_package_is_refused():
 
 
 @pytest.mark.cuda
+@PYTHON
 @pytest.mark.parametrize("case", [case for case in CASES if case[5] != "float64"], ids=case_id)
 def test_device_pointers_and_a_stream(c, case):
     problem = Problem(case)

@@ -32,11 +32,12 @@ typedef struct tritlstm_engine_functions {
 /* Takes the text of a failure into the calling thread's last error. */
 typedef void (*tritlstm_report)(const char *message);
 
-/* The loader, one for each library: starts the engine on first use, in any thread. */
-int tritlstm_engine_start(tritlstm_report report, const tritlstm_engine_functions **engine);
+/* The loader, one for each library: starts what runs handles of `device` on first use, in any thread. */
+int tritlstm_engine_start(tritlstm_report report, int32_t device, const tritlstm_engine_functions **engine);
 
-/* 1 if this process is a child that was forked after the engine had been started. */
-int tritlstm_engine_forked(void);
+/* 1 if this process is a child that was forked after what runs handles of `device` had been started, and that does not
+ * survive a fork. */
+int tritlstm_engine_forked(int32_t device);
 
 /* The result of tritlstm_engine(). */
 extern const char *const tritlstm_engine_name;

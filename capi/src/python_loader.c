@@ -31,8 +31,9 @@ typedef struct settings {
     char version[16];           /* "3.11" */
 } settings;
 
-int tritlstm_engine_forked(void)
+int tritlstm_engine_forked(int32_t device)
 {
+    (void)device;
     pid_t pid = __atomic_load_n(&starter, __ATOMIC_ACQUIRE);
     return pid && pid != getpid();
 }
@@ -139,9 +140,10 @@ static int start(tritlstm_report report, const tritlstm_engine_functions **engin
     return TRITLSTM_OK;
 }
 
-int tritlstm_engine_start(tritlstm_report report, const tritlstm_engine_functions **engine)
+int tritlstm_engine_start(tritlstm_report report, int32_t device, const tritlstm_engine_functions **engine)
 {
     int status = TRITLSTM_OK;
+    (void)device;
     *engine = __atomic_load_n(&started, __ATOMIC_ACQUIRE);
     if (*engine) return TRITLSTM_OK;
     /* Before the lock: a child that is forked from here on must not wait for it. */
