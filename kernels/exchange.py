@@ -8,6 +8,9 @@ which returns the tiles once they are complete. ``PROTOCOL`` (a constexpr) says 
 ``FLAG``     the buffer was filled with :data:`POISON` before the launch, a 32-bit word that ``publish`` never
              stores; the consumer re-reads the words until none is left. Each word is its own flag.
 
+Partial sums go from one block to one other, by :func:`publish_tagged` and :func:`receive_tagged`, whatever the
+protocol: each is a 64-bit word of the value and the number of its turn, so that a slot can be used again.
+
 Every spin is bounded by ``spin_limit`` turns. A consumer that runs out reports in ``status``; NaN then takes the
 place of what is missing, and nobody waits as long again. Memory-ordering argument: README.md.
 """
@@ -25,6 +28,8 @@ COUNTER_STRIDE = tl.constexpr(32)
 #: Words of the status record: code, block, group, step.
 STATUS_WORDS = tl.constexpr(4)
 TIMED_OUT = tl.constexpr(1)
+#: Slots that the turns of tagged words take one after another: README.md says why four are enough.
+TAGGED_SLOTS = tl.constexpr(4)
 #: Turns of a spin between two looks at whether another thread has given up: a power of two.
 PATIENCE = tl.constexpr(64)
 
@@ -39,6 +44,32 @@ def store_program(words):
     vector = f".v{words}" if words > 1 else ""
     lines += [f"@stored st.relaxed.gpu.global{vector}.b32 [$1], {{{', '.join(values)}}};", "mov.b32 $0, 0;"]
     return "{\n" + "\n".join(lines) + "\n}"
+
+
+@triton.constexpr_function
+def patience_program(mark, status, step, limit, end):
+    """PTX between a look at words and the next one at ``poll``; after too many it reports and goes to ``end``."""
+    return [
+        "add.u32 turns, turns, 1;",
+        f"and.b32 value, turns, {PATIENCE.value - 1};",
+        "setp.ne.s32 more, value, 0;",
+        "@more bra poll;",
+        f"ld.relaxed.gpu.global.b32 value, [{mark}];",
+        "setp.ne.s32 more, value, 0;",
+        f"@more bra {end};",
+        f"setp.lt.u32 more, turns, {limit};",
+        "@more bra poll;",
+        "mov.b32 value, 1;",
+        f"st.relaxed.gpu.global.b32 [{mark}], value;",
+        "mov.b32 value, %ctaid.x;",
+        f"st.relaxed.sys.global.b32 [{status}+4], value;",
+        "mov.b32 value, %ctaid.y;",
+        f"st.relaxed.sys.global.b32 [{status}+8], value;",
+        f"st.relaxed.sys.global.b32 [{status}+12], {step};",
+        f"mov.b32 value, {TIMED_OUT.value};",
+        f"st.relaxed.sys.global.b32 [{status}], value;",
+        f"bra {end};",
+    ]
 
 
 @triton.constexpr_function
@@ -83,29 +114,7 @@ def poll_program(count, pack, stride, ragged):
         ]
         if run:
             lines.append("or.pred again, again, late;")
-    lines += [
-        "@!again bra done;",
-        "add.u32 turns, turns, 1;",
-        f"and.b32 value, turns, {PATIENCE.value - 1};",
-        "setp.ne.s32 more, value, 0;",
-        "@more bra poll;",
-        f"ld.relaxed.gpu.global.b32 value, [{mark}];",
-        "setp.ne.s32 more, value, 0;",
-        "@more bra done;",
-        f"setp.lt.u32 more, turns, {limit};",
-        "@more bra poll;",
-        "mov.b32 value, 1;",
-        f"st.relaxed.gpu.global.b32 [{mark}], value;",
-        "mov.b32 value, %ctaid.x;",
-        f"st.relaxed.sys.global.b32 [{status}+4], value;",
-        "mov.b32 value, %ctaid.y;",
-        f"st.relaxed.sys.global.b32 [{status}+8], value;",
-        f"st.relaxed.sys.global.b32 [{status}+12], {step};",
-        f"mov.b32 value, {TIMED_OUT.value};",
-        f"st.relaxed.sys.global.b32 [{status}], value;",
-        "bra done;",
-        "poll:",
-    ]
+    lines += ["@!again bra done;", *patience_program(mark, status, step, limit, "done"), "poll:"]
     for tile in range(count):
         for run in range(pack):
             guard = ""
@@ -116,6 +125,73 @@ def poll_program(count, pack, stride, ragged):
             lines.append(f"{guard}ld.relaxed.gpu.global.v4.b32 {{{to}}}, [{pointer(run)}+{tile * stride}];")
     lines += ["bra check;", "done:"]
     return "{\n" + "\n".join(lines) + "\n}"
+
+
+@triton.constexpr_function
+def store_tagged_program():
+    """PTX of ``publish_tagged``: operands are a result of no meaning, pointer, predicate, value, tag."""
+    return (
+        "{\n.reg .pred stored;\n.reg .b64 word;\nsetp.ne.s32 stored, $2, 0;\nmov.b64 word, {$3, $4};\n"
+        "@stored st.relaxed.gpu.global.b64 [$1], word;\nmov.b32 $0, 0;\n}"
+    )
+
+
+@triton.constexpr_function
+def poll_tagged_program(count, pack, stride):
+    """PTX of one thread's part of ``receive_tagged``: reads its ``pack`` words of ``count`` tiles until all came.
+
+    Operands, in runs of ``pack``: the words of all tiles as they are at last, then as they were first read; pointers to
+    those of the first tile, the others lie ``stride`` bytes apart; then whether to wait, the tag, pointers to the mark
+    of a time-out and to the status record, the step, and the limit.
+    """
+
+    def word(tile, n):
+        return f"${tile * pack + n}"
+
+    def given(which, n=0):
+        return f"${(2 * count + which) * pack + n}"
+
+    tag, mark, status, step, limit = (given(which) for which in range(2, 7))
+    lines = [".reg .pred again, more, late, wait;", ".reg .b32 turns, value, other;", ".reg .b64 lost;"]
+    lines += [f"mov.b64 ${n}, ${count * pack + n};" for n in range(count * pack)]
+    lines += ["mov.b32 turns, 0;", "check:"]
+    for n in range(pack):
+        lines.append(f"setp.ne.s32 wait, {given(1, n)}, 0;")
+        for tile in range(count):
+            first = n == tile == 0
+            lines.append(f"mov.b64 {{value, other}}, {word(tile, n)};")
+            lines.append(f"setp.ne.and.s32 {'again' if first else 'late'}, other, {tag}, wait;")
+            if not first:
+                lines.append("or.pred again, again, late;")
+    lines += ["@!again bra done;", *patience_program(mark, status, step, limit, "late_words"), "poll:"]
+    for tile in range(count):
+        lines += [
+            f"ld.relaxed.gpu.global.b64 {word(tile, n)}, [{given(0, n)}+{tile * stride}];" for n in range(pack)
+        ]
+    lines += ["bra check;", "late_words:", "mov.b64 lost, {0x7FC00000, 0};"]
+    for n in range(pack):
+        for tile in range(count):
+            lines.append(f"mov.b64 {{value, other}}, {word(tile, n)};")
+            lines.append(f"setp.ne.s32 late, other, {tag};")
+            lines.append(f"selp.b64 {word(tile, n)}, lost, {word(tile, n)}, late;")
+    lines.append("done:")
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+@triton.constexpr_function
+def poll_tagged_constraints(count, pack):
+    kinds = ["=&l"] * count + ["l"] * count + ["l", "r", "r", "l", "l", "r", "r"]
+    return ",".join(kind for kind in kinds for _ in range(pack))
+
+
+@triton.constexpr_function
+def words_a_thread(words, warps):
+    return max(1, words // (32 * warps))
+
+
+@triton.constexpr_function
+def int64s(count):
+    return (tl.int64,) * count
 
 
 @triton.constexpr_function
@@ -273,6 +349,75 @@ def receive(
     tiles = ()
     for j in tl.static_range(COUNT):
         tiles = tiles + (_rows(_as_values(words[j], dtype)),)
+    return tiles
+
+
+@triton.jit
+def publish_tagged(pointers, values, tag, mask, AMD: tl.constexpr):
+    """Stores a tile of fp32 ``values`` with their ``tag`` to int64 ``pointers``."""
+    bits = values.to(tl.int32, bitcast=True)
+    if AMD:
+        word = (bits.to(tl.int64) & 0xFFFFFFFF) | (tag.to(tl.int64) << 32)
+        tl.store(pointers, word, mask=mask, cache_modifier=".wt")
+    else:
+        tl.inline_asm_elementwise(
+            store_tagged_program(), "=r,l,r,r,r", (pointers, mask.to(tl.int32), bits, tag),
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _load_tagged(pointers, SPAN: tl.constexpr, COUNT: tl.constexpr, AMD: tl.constexpr):
+    words = ()
+    for j in tl.static_range(COUNT):
+        words = words + (tl.load(pointers + j * SPAN, volatile=True, cache_modifier=".cv" if AMD else ""),)
+    return words
+
+
+@triton.jit
+def _missing_tagged(words, wanted, tag, COUNT: tl.constexpr):
+    missing = (words[0] >> 32).to(tl.int32) != tag
+    for j in tl.static_range(1, COUNT):
+        missing = missing | ((words[j] >> 32).to(tl.int32) != tag)
+    return tl.max((missing & wanted).to(tl.int32))
+
+
+@triton.jit
+def receive_tagged(
+    pointers, wanted, tag, mark, status, step, spin_limit,
+    SPAN: tl.constexpr, COUNT: tl.constexpr, AMD: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
+    """A tuple of ``COUNT`` fp32 tiles that others published with ``tag``, once every wanted element has arrived.
+
+    ``pointers`` are int64 ones to the first tile; a tile lies ``SPAN`` words after the one before. What is not
+    ``wanted`` is not waited for, and may be anything.
+    """
+    words = _load_tagged(pointers, SPAN, COUNT, AMD)
+    if AMD:
+        missing = _missing_tagged(words, wanted, tag, COUNT)
+        spins = missing * 0
+        gave_up = tl.load(mark, volatile=True)
+        while (missing > 0) & (spins < spin_limit) & (gave_up == 0):
+            words = _load_tagged(pointers, SPAN, COUNT, AMD)
+            missing = _missing_tagged(words, wanted, tag, COUNT)
+            gave_up = tl.load(mark, volatile=True)
+            spins += 1
+        if (missing > 0) & (gave_up == 0):
+            tl.store(mark, 1)
+            _report(status, step)
+    else:
+        pack: tl.constexpr = words_a_thread(pointers.numel, WARPS)
+        words = tl.inline_asm_elementwise(
+            poll_tagged_program(COUNT, pack, 8 * SPAN), poll_tagged_constraints(COUNT, pack),
+            words + (pointers, wanted.to(tl.int32), tag, mark, status, step, spin_limit),
+            dtype=int64s(COUNT), is_pure=False, pack=pack,
+        )  # fmt: skip
+    tiles = ()
+    for j in tl.static_range(COUNT):
+        value = words[j].to(tl.int32).to(tl.float32, bitcast=True)
+        if AMD:
+            value = tl.where((words[j] >> 32).to(tl.int32) == tag, value, float("nan"))
+        tiles = tiles + (value,)
     return tiles
 
 

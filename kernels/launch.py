@@ -6,15 +6,24 @@ import dataclasses
 import importlib
 from typing import Any
 
+#: The module of each kernel.
 KERNELS = {
     "gate_gemm": "gate_gemm",
     "recurrent_forward": "recurrent_forward",
     "recurrent_backward": "recurrent_backward",
+    "product": "product",
+    "column_sums": "product",
+    "rearrange": "rearrange",
+    "take_first": "rearrange",
+    "add_first": "rearrange",
+    "previous_states": "rearrange",
+    "keep_empty": "rearrange",
+    "clamp_lengths": "rearrange",
 }
 
 
 def kernel_function(name: str) -> Any:
-    """The ``triton.jit`` function called ``name`` (each lives in the module of its own name)."""
+    """The ``triton.jit`` function called ``name``."""
     return getattr(importlib.import_module(f"{__package__}.{KERNELS[name]}"), name)
 
 

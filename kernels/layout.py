@@ -32,6 +32,22 @@ def cells_of_product(product, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr):
 
 
 @triton.jit
+def unit_of_sum(row, BLOCK_H: tl.constexpr):
+    """Which unit a row of the single block's backward product ``[BLOCK_H, BLOCK_B]`` belongs to.
+
+    A warp's 16 rows, if there are so many, are the units that it has in the tile of cells.
+    """
+    return row // 4 % 4 * (BLOCK_H // 4) + row // 16 * 4 + row % 4
+
+
+@triton.jit
+def cells_of_sum(sum, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr):
+    """``[BLOCK_H, BLOCK_B]`` in the order of :func:`unit_of_sum` to a tile of cells."""
+    tile = tl.reshape(sum, (BLOCK_H // 16, 4, 4, BLOCK_B // 8, 8))
+    return tl.reshape(tl.permute(tile, (3, 1, 0, 2, 4)), (BLOCK_B // 8, BLOCK_H, 8))
+
+
+@triton.jit
 def cells(matrix, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr):
     """``[BLOCK_H, BLOCK_B]`` to a tile of cells."""
     return tl.permute(tl.reshape(matrix, (BLOCK_H, BLOCK_B // 8, 8)), (1, 0, 2))
@@ -56,6 +72,15 @@ def batch_of_cells(batch_begin, BLOCK_B: tl.constexpr):
     """Which sequence: ``[BLOCK_B / 8, 1, 8]``."""
     slow = tl.arange(0, BLOCK_B // 8) * 8
     return batch_begin + slow[:, None, None] + tl.arange(0, 8)[None, None, :]
+
+
+@triton.jit
+def place_of_cells(BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr):
+    """Where the cells of a tile lie in a ``[BLOCK_H, BLOCK_B]`` of memory."""
+    # By a reshape, so that the compiler does not see neighbours and deal them out in another way than other cells.
+    fast = tl.reshape(tl.arange(0, 8), (1, 1, 8))
+    slow = tl.arange(0, BLOCK_B // 8) * 8
+    return unit_of_cells(0, BLOCK_H) * BLOCK_B + slow[:, None, None] + fast
 
 
 @triton.jit

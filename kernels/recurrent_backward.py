@@ -3,94 +3,66 @@
 import triton
 import triton.language as tl
 
-from . import cell, exchange, layout
+from . import cell, exchange, layout, random_bits
 
 
 @triton.jit
 def _weight_chunk(
-    w_ptr, unit_begin, column_begin,
-    H: tl.constexpr, HX: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
+    w_ptr, team_begin, column_begin, column_end,
+    H: tl.constexpr, HX: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Columns of ``w_hh`` of this block's units, rows unit by unit: ``[SPLIT, BLOCK_H, BLOCK_K]``, zero outside.
-
-    With ``SPLIT == 1`` the leading dimension is left out.
-    """
-    unit = unit_begin + tl.arange(0, BLOCK_H)
-    k = tl.arange(0, BLOCK_K)
-    if SPLIT == 1:
-        column = column_begin + k[None, :]
-        unit = unit[:, None]
-    else:
-        column = column_begin + tl.arange(0, SPLIT)[:, None, None] * BLOCK_K + k[None, None, :]
-        unit = unit[None, :, None]
+    """Columns of ``w_hh`` of a team's units, its rows unit by unit: ``[ROWS, BLOCK_K]``, zero outside."""
+    unit = team_begin + tl.arange(0, ROWS)[:, None]
+    column = column_begin + tl.arange(0, BLOCK_K)[None, :]
     from_unit = column // 4
     row = (column % 4 * H + from_unit).to(tl.int64)
-    pointers = w_ptr + row * HX + unit
-    inside = (from_unit < H) & (unit < HX)
-    return tl.load(pointers, mask=inside, other=0.0)
+    inside = (column < column_end) & (from_unit < H) & (unit < HX)
+    return tl.load(w_ptr + row * HX + unit, mask=inside, other=0.0)
 
 
 @triton.jit
 def _single_weights(w_ptr, gate: tl.constexpr, H: tl.constexpr, HX: tl.constexpr, BLOCK_H: tl.constexpr):
-    unit = tl.arange(0, BLOCK_H)
-    inside = (unit[:, None] < HX) & (unit[None, :] < H)
-    return tl.load(w_ptr + (gate * H + unit[None, :]) * HX + unit[:, None], mask=inside, other=0.0)
+    unit = layout.unit_of_sum(tl.arange(0, BLOCK_H), BLOCK_H)[:, None]
+    from_unit = tl.arange(0, BLOCK_H)[None, :]
+    inside = (unit < HX) & (from_unit < H)
+    return tl.load(w_ptr + (gate * H + from_unit) * HX + unit, mask=inside, other=0.0)
 
 
 @triton.jit
 def _multiply(
-    weights, later_words, column_begin, waiting, mark, status, step, spin_limit, acc, dtype: tl.constexpr,
-    FIRST: tl.constexpr, COUNT: tl.constexpr, RAGGED: tl.constexpr, HX: tl.constexpr, BLOCK_B: tl.constexpr,
-    BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, PROTOCOL: tl.constexpr, AMD: tl.constexpr, WARPS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    weights, later_words, column_begin, column_end, waiting, mark, status, step, spin_limit, acc, dtype: tl.constexpr,
+    FIRST: tl.constexpr, COUNT: tl.constexpr, RAGGED: tl.constexpr, BLOCK_K: tl.constexpr, PROTOCOL: tl.constexpr,
+    AMD: tl.constexpr, WARPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``acc`` plus the products of ``weights[FIRST : FIRST + COUNT]`` with gate gradients from ``column_begin`` on.
 
-    ``RAGGED``: the last of these chunks may reach beyond 4 HX.
+    ``RAGGED``: the last of these chunks may reach beyond ``column_end``.
     """
     WORD: tl.constexpr = 32 // dtype.primitive_bitwidth  # values in one
-    k = tl.arange(0, BLOCK_K // (4 * WORD)) * (4 * WORD)
-    if SPLIT == 1:
-        column = column_begin + k[None, :]
-        rows = later_words[:, None]
-    else:
-        column = column_begin + tl.arange(0, SPLIT)[:, None, None] * BLOCK_K + k[None, None, :]
-        rows = later_words[None, :, None]
-    reads = rows + column // WORD
+    column = column_begin + tl.arange(0, BLOCK_K // (4 * WORD)) * (4 * WORD)
+    reads = later_words[:, None] + (column // WORD)[None, :]
     inside = None
     if RAGGED:
-        inside = tl.broadcast_to(column + (COUNT - 1) * SPLIT * BLOCK_K < 4 * HX, reads.shape)
+        inside = tl.broadcast_to(column[None, :] + (COUNT - 1) * BLOCK_K < column_end, reads.shape)
     wanted = tl.broadcast_to(waiting, reads.shape)
     tiles = exchange.receive(
-        reads, wanted, inside, mark, status, step, spin_limit, dtype, SPLIT * BLOCK_K // WORD, COUNT, PROTOCOL, AMD,
-        WARPS,
-    )  # fmt: skip
+        reads, wanted, inside, mark, status, step, spin_limit, dtype, BLOCK_K // WORD, COUNT, PROTOCOL, AMD, WARPS
+    )
     for j in tl.static_range(COUNT):
-        if SPLIT == 1:
-            acc = tl.dot(weights[FIRST + j], tl.trans(tiles[j]), acc, input_precision=PRECISION)
-        else:
-            acc = tl.dot(weights[FIRST + j], tl.permute(tiles[j], (0, 2, 1)), acc, input_precision=PRECISION)
+        acc = tl.dot(weights[FIRST + j], tl.trans(tiles[j]), acc, input_precision=PRECISION)
     return acc
 
 
 @triton.jit
-def _sum_of_parts(parts, SPLIT: tl.constexpr):
-    """``[SPLIT, M, N]`` summed over its first dimension, pairwise.
-
-    ``tl.sum`` would leave the result, and with it the whole cell, in every warp: it lies in a layout in which
-    the warps differ only in the summed dimension.
-    """
-    total = tl.permute(parts, (1, 2, 0))
-    if SPLIT == 8:
-        total = tl.reshape(total, (parts.shape[1], parts.shape[2], 4, 2))
-        even, odd = tl.split(total)
-        total = even + odd
-    if SPLIT >= 4:
-        total = tl.reshape(total, (parts.shape[1], parts.shape[2], 2, 2))
-        even, odd = tl.split(total)
-        total = even + odd
-    even, odd = tl.split(total)
-    return even + odd
+def _sum(tiles, COUNT: tl.constexpr):
+    """Of 1, 2 or 4 tiles, pairwise: in the same order whatever came first."""
+    if COUNT == 1:
+        total = tiles[0]
+    elif COUNT == 2:
+        total = tiles[0] + tiles[1]
+    else:
+        total = (tiles[0] + tiles[1]) + (tiles[2] + tiles[3])
+    return total
 
 
 @triton.jit(do_not_specialize=[
@@ -106,6 +78,7 @@ def recurrent_backward(
     gates_ptr,  # [T, B, HX, 4], activated
     cells_ptr,  # [T, B, HX] fp32
     grad_gates_ptr,  # [T, B, HX, 4], out: gradients of the pre-activations; the exchange buffer
+    parts_ptr,  # [n_groups, TAGGED_SLOTS, n_blocks, PARTS, BLOCK_H, BLOCK_B] int64, zero; or None if PARTS == 1
     grad_c_ptr,  # [B, H] fp32, out: gradient of c0; carries the state between launches of the step tier
     counter_ptr,  # [n_tiles, COUNTER_STRIDE] int32, zero: COUNTER's counts; the first word is FLAG's mark
     status_ptr,  # [STATUS_WORDS] int32
@@ -123,8 +96,8 @@ def recurrent_backward(
     BLOCK_H: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    SPLIT: tl.constexpr,  # parts of K that different warps multiply
-    RESIDENT: tl.constexpr,  # K-chunks (of SPLIT * BLOCK_K columns) kept on chip
+    PARTS: tl.constexpr,  # blocks of a team, which multiply for all its units, each a part of K
+    RESIDENT: tl.constexpr,  # K-chunks kept on chip
     PROLOGUE: tl.constexpr,  # K-chunks of w_hh loaded together, before the time loop
     POLL: tl.constexpr,
     PROTOCOL: tl.constexpr,
@@ -132,20 +105,41 @@ def recurrent_backward(
     SINGLE: tl.constexpr,
     WARPS: tl.constexpr,
     PRECISION: tl.constexpr,
+    # Off by default, and then without a trace in the compiled kernel:
+    cuts_ptr=None,  # [T, B] int32: whether the state was zeroed before the step
+    peephole_ptr=None,  # [3, H]: of i, f, o
+    h_scale_ptr=None,  # [B, H]: times h on its way into the product
+    noise_ptr=None,  # [3] int64, of zoneout
+    grad_h_ptr=None,  # [B, H] fp32, out: what zoneout passes by of the gradient of h0; a carry as grad_c_ptr
+    COUPLED: tl.constexpr = False,
+    CLIP: tl.constexpr = None,
+    ZONEOUT_H: tl.constexpr = 0.0,
+    ZONEOUT_C: tl.constexpr = 0.0,
+    GATE: tl.constexpr = 0,
+    NODE: tl.constexpr = 1,
+    SHOWN: tl.constexpr = 1,
 ):
-    CHUNK: tl.constexpr = SPLIT * BLOCK_K
-    N_CHUNKS: tl.constexpr = (4 * HX + CHUNK - 1) // CHUNK
+    ROWS: tl.constexpr = PARTS * BLOCK_H
+    DEPTH: tl.constexpr = 4 * HX // PARTS  # of K, a part
+    N_CHUNKS: tl.constexpr = (DEPTH + BLOCK_K - 1) // BLOCK_K
     dtype: tl.constexpr = grad_gates_ptr.dtype.element_ty
     WORD: tl.constexpr = 32 // dtype.primitive_bitwidth
     EXACT: tl.constexpr = WORD == 1
     block = tl.program_id(0)
     group = tl.program_id(1)
     n_blocks = tl.num_programs(0)
+    part = block % PARTS
     unit_begin = block * BLOCK_H
+    team_begin = unit_begin - part * BLOCK_H
+    depth_begin = part * DEPTH
+    depth_end = depth_begin + DEPTH
     unit_of_cell = layout.unit_of_cells(unit_begin, BLOCK_H)
     gate = tl.arange(0, 4)[None, None, None, :]
     grad_gates_words = grad_gates_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
     gates_words = gates_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+    peephole = None
+    if peephole_ptr is not None:
+        peephole = cell.peephole_weights(peephole_ptr, unit_of_cell, H)
 
     weights = ()
     if SINGLE:
@@ -153,11 +147,26 @@ def recurrent_backward(
             weights = weights + (_single_weights(w_ptr, n, H, HX, BLOCK_H),)
     else:
         for j in tl.static_range(RESIDENT):
-            weights = weights + (_weight_chunk(w_ptr, unit_begin, j * CHUNK, H, HX, BLOCK_H, BLOCK_K, SPLIT),)
+            k = depth_begin + j * BLOCK_K
+            weights = weights + (_weight_chunk(w_ptr, team_begin, k, depth_end, H, HX, ROWS, BLOCK_K),)
             if (j + 1) % PROLOGUE == 0:
                 # Else the compiler issues the loads of all chunks at once and runs out of registers.
                 tl.debug_barrier()
 
+    if PARTS > 1:
+        # A slot holds, for each block, what the blocks of its team have for it.
+        OWN: tl.constexpr = BLOCK_H * BLOCK_B
+        slot_words = n_blocks * PARTS * OWN
+        own_parts = parts_ptr + group * exchange.TAGGED_SLOTS * slot_words
+        team_row = tl.arange(0, ROWS)[:, None]
+        sequence = tl.arange(0, BLOCK_B)[None, :]
+        to_block = block - part + team_row // BLOCK_H
+        send_at = own_parts + ((to_block * PARTS + part) * BLOCK_H + team_row % BLOCK_H) * BLOCK_B + sequence
+        take_at = own_parts + block * PARTS * OWN
+        take_at = take_at + layout.place_of_cells(BLOCK_H, BLOCK_B)
+        # COUNTER's count stands in the first word.
+        parts_mark = counter_ptr + (1 if PROTOCOL == exchange.COUNTER else 0)
+    turn = tl.full((), 0, tl.int32)
     alive = tl.full((), 1, tl.int32)
     for tile in range(group, n_tiles, tl.num_programs(1)):
         # What lies beyond the batch repeats its last row and is not stored: reads need no mask.
@@ -187,6 +196,12 @@ def recurrent_backward(
             dc = tl.zeros((BLOCK_B // 8, BLOCK_H, 8), tl.float32)
             if grad_c_n_ptr is not None:
                 dc = tl.load(grad_c_n_ptr + state, mask=inside, other=0.0).to(tl.float32)
+        if h_scale_ptr is not None:
+            h_scale = tl.load(h_scale_ptr + state, mask=inside, other=0.0).to(tl.float32)
+        if ZONEOUT_H > 0:
+            kept_h = tl.zeros((BLOCK_B // 8, BLOCK_H, 8), tl.float32)
+            if step_begin > 0:
+                kept_h = tl.load(grad_h_ptr + state, mask=inside, other=0.0)
 
         own_i = tl.zeros((BLOCK_B // 8, BLOCK_H, 8), dtype)
         own_f = own_i
@@ -208,6 +223,11 @@ def recurrent_backward(
                 cells_ptr + earlier_row * HX + unit_of_cell, mask=stored & (starts == 0), other=0.0
             )
             c_earlier = tl.where(starts, c0, c_earlier)
+            if cuts_ptr is not None:
+                cut = tl.load(cuts_ptr + row, mask=in_batch, other=0) != 0
+                later_row = t_later.to(tl.int64) * B + b_of_cell
+                cut_later = tl.load(cuts_ptr + later_row, mask=in_batch & (step > 0), other=0) != 0
+                c_earlier = tl.where(cut, 0.0, c_earlier)
             dh = tl.where(t == last, grad_h_n, 0.0)
             if grad_out_ptr is not None:
                 out_row = t.to(tl.int64) * grad_out_stride_t + b_of_cell.to(tl.int64) * grad_out_stride_b
@@ -219,7 +239,7 @@ def recurrent_backward(
                 acc = tl.dot(weights[1], layout.matrix(own_f, BLOCK_H, BLOCK_B), acc, input_precision=PRECISION)
                 acc = tl.dot(weights[2], layout.matrix(own_g, BLOCK_H, BLOCK_B), acc, input_precision=PRECISION)
                 acc = tl.dot(weights[3], layout.matrix(own_o, BLOCK_H, BLOCK_B), acc, input_precision=PRECISION)
-                dh += layout.cells(acc, BLOCK_H, BLOCK_B)
+                from_later = layout.cells_of_sum(acc, BLOCK_H, BLOCK_B)
             else:
                 alive = exchange.await_count(counter, n_blocks * step, alive, status_ptr, step, spin_limit, PROTOCOL)
                 # In the first step nobody has a gradient to pass on: what is read instead is not used.
@@ -227,38 +247,68 @@ def recurrent_backward(
                 source = tl.where(first_step, t, t_later).to(tl.int64) * B + b
                 later_words = tl.where(first_step, gates_words, grad_gates_words) + source * (4 * HX // WORD)
                 waiting = first_step == 0
-                if SPLIT == 1:
-                    acc = tl.zeros((BLOCK_H, BLOCK_B), tl.float32)
-                else:
-                    acc = tl.zeros((SPLIT, BLOCK_H, BLOCK_B), tl.float32)
+                acc = tl.zeros((ROWS, BLOCK_B), tl.float32)
                 for first in tl.static_range(0, RESIDENT, POLL):
                     acc = _multiply(
-                        weights, later_words, first * CHUNK, waiting, counter_ptr, status_ptr, step, spin_limit, acc,
-                        dtype, first, POLL if first + POLL <= RESIDENT else RESIDENT - first,
-                        first + POLL >= RESIDENT and RESIDENT * CHUNK > 4 * HX,
-                        HX, BLOCK_B, BLOCK_K, SPLIT, PROTOCOL, AMD, WARPS, PRECISION,
+                        weights, later_words, depth_begin + first * BLOCK_K, depth_end, waiting, counter_ptr,
+                        status_ptr, step, spin_limit, acc, dtype, first,
+                        POLL if first + POLL <= RESIDENT else RESIDENT - first,
+                        first + POLL >= RESIDENT and RESIDENT * BLOCK_K > DEPTH,
+                        BLOCK_K, PROTOCOL, AMD, WARPS, PRECISION,
                     )  # fmt: skip
                     if PROTOCOL == exchange.COUNTER:
                         # Nothing else keeps the compiler from loading the next groups' tiles now, and running out of
                         # registers.
                         tl.debug_barrier()
                 for chunk in tl.range(RESIDENT, N_CHUNKS, disable_licm=True):
-                    streamed = (_weight_chunk(w_ptr, unit_begin, chunk * CHUNK, H, HX, BLOCK_H, BLOCK_K, SPLIT),)
+                    k = depth_begin + chunk * BLOCK_K
+                    streamed = (_weight_chunk(w_ptr, team_begin, k, depth_end, H, HX, ROWS, BLOCK_K),)
                     acc = _multiply(
-                        streamed, later_words, chunk * CHUNK, waiting, counter_ptr, status_ptr, step, spin_limit, acc,
-                        dtype, 0, 1, N_CHUNKS * CHUNK > 4 * HX, HX, BLOCK_B, BLOCK_K, SPLIT, PROTOCOL, AMD, WARPS,
-                        PRECISION,
+                        streamed, later_words, k, depth_end, waiting, counter_ptr, status_ptr, step, spin_limit, acc,
+                        dtype, 0, 1, N_CHUNKS * BLOCK_K > DEPTH, BLOCK_K, PROTOCOL, AMD, WARPS, PRECISION,
                     )  # fmt: skip
                     # As above: the compiler would fetch many chunks ahead.
                     tl.debug_barrier()
-                if SPLIT > 1:
-                    acc = _sum_of_parts(acc, SPLIT)
-                dh += tl.where(first_step, 0.0, layout.cells(acc, BLOCK_H, BLOCK_B))
+                if PARTS > 1:
+                    turn += 1
+                    slot = turn % exchange.TAGGED_SLOTS * slot_words
+                    if PROTOCOL == exchange.COUNTER:
+                        acc = tl.where(alive > 0, acc, float("nan"))
+                    sent = (team_begin + team_row < HX) & (tile * BLOCK_B + sequence < B)
+                    exchange.publish_tagged(send_at + slot, acc, turn, sent, AMD)
+                    parts = exchange.receive_tagged(
+                        take_at + slot, stored, turn, parts_mark, status_ptr, step, spin_limit, OWN, PARTS, AMD, WARPS,
+                    )  # fmt: skip
+                    from_later = _sum(parts, PARTS)
+                else:
+                    from_later = layout.cells(acc, BLOCK_H, BLOCK_B)
+                from_later = tl.where(first_step, 0.0, from_later)
+            if h_scale_ptr is not None:
+                from_later = from_later * h_scale
+            if ZONEOUT_H > 0:
+                from_later += kept_h
+            if cuts_ptr is not None:
+                from_later = tl.where(cut_later, 0.0, from_later)
+            dh += from_later
 
             i, f, g, o = layout.split_gates(tl.reshape(gates, (BLOCK_B // 8, BLOCK_H, 8, 2, 2)))
+            i, f, g, o = i.to(tl.float32), f.to(tl.float32), g.to(tl.float32), o.to(tl.float32)
+            dc_new = dc
+            if ZONEOUT_H > 0 or ZONEOUT_C > 0:
+                keep_h, keep_c = random_bits.zones(noise_ptr, row * H + unit_of_cell, ZONEOUT_H, ZONEOUT_C)
+                if ZONEOUT_H > 0:
+                    kept_h = tl.where(t < length, keep_h * dh, kept_h)
+                    dh = (1.0 - keep_h) * dh
+                if ZONEOUT_C > 0:
+                    c = cell.candidate(i, f, g, c_earlier, CLIP)
+                    dc_new = (1.0 - keep_c) * dc
             di, df, dg, do, dc_earlier = cell.backward(
-                dh, dc, i.to(tl.float32), f.to(tl.float32), g.to(tl.float32), o.to(tl.float32), c, c_earlier, EXACT, AMD
+                dh, dc_new, i, f, g, o, c, c_earlier, EXACT, AMD, peephole, COUPLED, CLIP, GATE, NODE, SHOWN
             )
+            if ZONEOUT_C > 0:
+                dc_earlier += keep_c * dc
+            if cuts_ptr is not None:
+                dc_earlier = tl.where(cut, 0.0, dc_earlier)
             active = (t < length) & inside
             if PROTOCOL == exchange.COUNTER:
                 lost = tl.where(alive > 0, 0.0, float("nan"))
@@ -281,3 +331,5 @@ def recurrent_backward(
             exchange.announce(counter, alive, PROTOCOL)
 
         tl.store(grad_c_ptr + state, dc, mask=inside)
+        if ZONEOUT_H > 0:
+            tl.store(grad_h_ptr + state, kept_h, mask=inside)

@@ -19,7 +19,7 @@ import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-pytest.register_assert_rewrite("capi_harness")
+pytest.register_assert_rewrite("capi_harness", "aot_world")
 torch.set_num_threads(1)
 
 # The same examples in every run: a failure in CI can be repeated at the desk.

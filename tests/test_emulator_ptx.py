@@ -15,18 +15,19 @@ POISON = 0xFFFFFFFF
 
 
 class Memory:
-    """32-bit words by address; counts its reads, and calls ``tick`` before each."""
+    """Words of 4 or 8 bytes by address; counts its reads, and calls ``tick`` before each."""
 
     def __init__(self, words: dict[int, int], tick: Any = None) -> None:
         self.words = words
         self.tick = tick
         self.reads = 0
 
-    def load(self, addresses: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    def load(self, addresses: np.ndarray, mask: np.ndarray, size: int) -> np.ndarray:
         self.reads += 1
         if self.tick:
             self.tick(self)
-        return np.array([self.words[int(a)] if m else 0xDEAD for a, m in zip(addresses, mask, strict=True)], np.uint32)
+        words = [self.words[int(a)] if m else 0xDEAD for a, m in zip(addresses, mask, strict=True)]
+        return np.array(words, f"u{size}")
 
     def store(self, addresses: np.ndarray, words: np.ndarray, mask: np.ndarray) -> None:
         for address, word, wanted in zip(addresses, words, mask, strict=True):
@@ -57,6 +58,10 @@ def run(text: str, lanes: int = 1, memory: Memory | None = None, **registers: An
         ("setp.ne.s32 p, $1, 0; setp.eq.and.s32 r, $2, -1, p;", [np.uint32([0]), np.uint32([POISON])], False),
         ("setp.ne.s32 p, $1, 0; setp.eq.s32 q, $1, 0; or.pred r, p, q;", [np.uint32([4])], True),
         ("setp.eq.s32 p, $1, 4; selp.b32 r, 0x7FFF7FFF, $1, p;", [np.uint32([4])], 0x7FFF7FFF),
+        ("mov.b64 r, {$1, $2};", [np.uint32([5]), np.uint32([POISON])], 0xFFFFFFFF00000005),
+        ("mov.b64 {q, r}, $1;", [np.uint64([0x600000005])], 6),
+        ("mov.b64 {r, q}, $1;", [np.uint64([0x600000005])], 5),
+        ("setp.eq.s32 p, $2, 4; selp.b64 r, $1, $1, p;", [np.uint64([2**40]), np.uint32([4])], 2**40),
         ("ex2.approx.ftz.f32 r, $1;", [np.float32([3])], 8.0),
         ("ex2.approx.ftz.f32 r, $1;", [np.float32([1000])], np.inf),
         ("rcp.approx.ftz.f32 r, $1;", [np.float32([np.inf])], 0.0),
@@ -225,3 +230,78 @@ def test_the_program_names_as_many_operands_as_its_constraints(pack: int, ragged
     assert constraints.count("=&r") == 3 * 4 * pack
     # Words and pointers sit where the program looks for them.
     assert constraints[2 * 3 * 4 * pack] == "l"
+
+
+TAG = 77
+
+
+def tagged(count: int = 4, lanes: int = 2, tag: int = TAG) -> dict[int, int]:
+    return {BASE + 512 * t + 8 * lane: (tag << 32) + 100 * t + lane for t in range(count) for lane in range(lanes)}
+
+
+def poll_tagged(memory: Memory, count: int = 4, lanes: int = 2, wanted: int = 1, limit: int = 1000,
+                first: dict[int, int] | None = None) -> list[list[int]]:  # fmt: skip
+    """Runs ``poll_tagged_program`` for a word a lane of ``count`` tiles 512 bytes apart; values by tile."""
+    memory.words.update({MARK: memory.words.get(MARK, 0), **{STATUS + 4 * n: 0 for n in range(4)}})
+    at = [BASE + 8 * lane for lane in range(lanes)]
+    seen = memory.words if first is None else first
+    given: list[np.ndarray] = [np.uint64([seen[a + 512 * tile] for a in at]) for tile in range(count)]
+    given += [np.uint64(at), np.full(lanes, wanted, np.uint32), np.full(lanes, TAG, np.uint32)]
+    given += [np.full(lanes, MARK, np.uint64), np.full(lanes, STATUS, np.uint64)]
+    given += [np.full(lanes, 17, np.uint32), np.full(lanes, limit, np.uint32)]
+    registers = {f"_{count + n}": value for n, value in enumerate(given)}
+    after = run(exchange.poll_tagged_program(count, 1, 512), lanes, memory, **registers)
+    return [[int(word) & 0xFFFFFFFF for word in after[f"${tile}"]] for tile in range(count)]
+
+
+TAGGED = [[100 * t + lane for lane in range(2)] for t in range(4)]
+
+
+def test_words_of_this_turn_are_not_read_again() -> None:
+    memory = Memory(tagged())
+    assert poll_tagged(memory) == TAGGED
+    assert memory.reads == 0
+
+
+@pytest.mark.parametrize("late", [BASE, BASE + 8, BASE + 3 * 512 + 8])
+def test_a_word_of_another_turn_is_waited_for(late: int) -> None:
+    def arrives(memory: Memory) -> None:
+        if memory.reads == 30:
+            memory.words[late] = tagged()[late]
+
+    memory = Memory(tagged() | {late: tagged(tag=TAG - 4)[late]}, arrives)
+    assert poll_tagged(memory) == TAGGED
+    assert memory.reads >= 30
+    assert memory.words[STATUS] == 0
+
+
+def test_an_unwanted_word_may_be_of_any_turn() -> None:
+    memory = Memory(tagged(tag=3))
+    assert poll_tagged(memory, wanted=0) == TAGGED
+    assert memory.reads == 0
+
+
+def test_a_missing_word_becomes_nan_and_is_reported() -> None:
+    memory = Memory(tagged() | {BASE + 512: 5})
+    got = poll_tagged(memory, limit=200)
+    assert np.isnan(np.uint32(got[1][0]).view(np.float32))
+    assert got[1][1] == TAGGED[1][1]
+    assert got[0] == TAGGED[0]
+    assert memory.words[MARK] == 1
+    assert [memory.words[STATUS + 4 * n] for n in range(4)] == [exchange.TIMED_OUT.value, 5, 3, 17]
+
+
+def test_a_tagged_store_stores_value_and_turn_where_it_may() -> None:
+    memory = Memory({})
+    run(exchange.store_tagged_program(), 2, memory, _1=np.uint64([BASE, BASE + 8]), _2=np.uint32([1, 0]),
+        _3=np.uint32([POISON, 1]), _4=np.uint32([TAG, TAG]))  # fmt: skip
+    assert memory.words == {BASE: (TAG << 32) | POISON}
+
+
+@pytest.mark.parametrize("pack", [1, 2])
+def test_the_tagged_program_names_as_many_operands_as_its_constraints(pack: int) -> None:
+    text = exchange.poll_tagged_program(4, pack, 512)
+    constraints = exchange.poll_tagged_constraints(4, pack).split(",")
+    assert max(int(n) for n in re.findall(r"\$(\d+)", text)) < len(constraints)
+    assert constraints.count("=&l") == 4 * pack
+    assert constraints[2 * 4 * pack] == "l"

@@ -222,7 +222,7 @@ def test_the_words() -> None:
     assert lines[-4:] == [
         "note: layers and directions run one after another",
         "note: projection is folded into w_hh, so the recurrence runs at the full width H",
-        "note: a gradient that is differentiated itself (create_graph=True) runs in plain PyTorch operators",
+        "note: derivatives of a gradient and forward-mode ones run in plain PyTorch operators",
         "note: fp32 products in ieee, as torch.backends.cudnn.rnn.fp32_precision asks",
     ]
 

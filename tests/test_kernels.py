@@ -159,7 +159,15 @@ PATHS: dict[str, tuple[tuple[int, int, int, int], dict[str, Any]]] = {
         (3, 3, 5, 72),
         {"tier": "persistent", "protocol": "flag", "block_k": 16, "poll": 2, "sms": 5},
     ),
-    "one part": ((3, 3, 5, 40), {"tier": "persistent", "protocol": "flag", "block_k": 32, "split": 1}),
+    "teams of two": ((3, 3, 5, 40), {"tier": "persistent", "protocol": "flag", "block_h": 32, "parts": 2}),
+    "two teams, several groups and tiles": (
+        (2, 65, 5, 70),
+        {"tier": "persistent", "protocol": "flag", "block_h": 16, "block_b": 16, "sms": 16},
+    ),
+    "teams, counter, without PTX": (
+        (3, 20, 5, 40),
+        {"tier": "persistent", "protocol": "counter", "block_h": 16, "block_b": 16, "sms": 4, "amd": True},
+    ),
     "streaming": ((3, 3, 7, 150), {"tier": "streaming", "sms": 10, "shared_bytes": 64 << 10, "block_k": 32}),
     "streaming, counter": (
         (3, 3, 7, 150),

@@ -15,8 +15,8 @@ import numpy as np
 
 __all__ = ["Instruction", "parse", "run"]
 
-#: ``(addresses, mask)`` to the 32-bit words there; where the mask is false, anything.
-Load = Callable[[np.ndarray, np.ndarray], np.ndarray]
+#: ``(addresses, mask, size)`` to the words of 4 or 8 bytes there; where the mask is false, anything.
+Load = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
 #: ``(addresses, words, mask)``
 Store = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
 
@@ -69,7 +69,7 @@ def parse(text: str) -> tuple[Instruction, ...]:
 
 
 class _Lanes:
-    """Registers of all lanes: 32-bit words as uint32, addresses as uint64, predicates as bool."""
+    """Registers of all lanes: words as uint32 or uint64, addresses as uint64, predicates as bool."""
 
     def __init__(self, lanes: int, given: dict[str, np.ndarray], block: tuple[int, int]) -> None:
         self.lanes = lanes
@@ -136,19 +136,33 @@ def run(
 def _execute(state: _Lanes, instruction: Instruction, mask: np.ndarray, load: Load, store: Store) -> None:
     opcode, operands = instruction.opcode, instruction.operands
     kind = opcode.split(".")
+    size = 8 if kind[-1] == "b64" else 4
     if kind[0] == "ld":
-        names = operands[0].strip("{} ").split(",")
         address = state.address(operands[1])
-        for n, name in enumerate(names):
-            state.write(name.strip(), load(address + np.uint64(4 * n), mask), mask)
+        for n, name in enumerate(_names(operands[0])):
+            state.write(name, load(address + np.uint64(size * n), mask, size), mask)
         return
     if kind[0] == "st":
         address = state.address(operands[0])
-        for n, name in enumerate(operands[1].strip("{} ").split(",")):
-            store(address + np.uint64(4 * n), state.read(name.strip()), mask)
+        for n, name in enumerate(_names(operands[1])):
+            store(address + np.uint64(size * n), state.read(name), mask)
+        return
+    if opcode == "mov.b64" and operands[0].startswith("{"):
+        low, high = _names(operands[0])
+        word = state.read(operands[1])
+        state.write(low, word.astype(np.uint32), mask)
+        state.write(high, (word >> np.uint64(32)).astype(np.uint32), mask)
+        return
+    if opcode == "mov.b64" and operands[1].startswith("{"):
+        halves = [state.read(name).astype(np.uint64) for name in _names(operands[1])]
+        state.write(operands[0], halves[0] | halves[1] << np.uint64(32), mask)
         return
     sources = [state.read(operand) for operand in operands[1:]]
     state.write(operands[0], _value(opcode, kind, sources), mask)
+
+
+def _names(vector: str) -> list[str]:
+    return [name.strip() for name in vector.strip("{} ").split(",")]
 
 
 def _value(opcode: str, kind: list[str], sources: list[np.ndarray]) -> np.ndarray:
@@ -164,7 +178,7 @@ def _value(opcode: str, kind: list[str], sources: list[np.ndarray]) -> np.ndarra
         return sources[0].astype(np.uint32)
     if opcode in ("and.b32", "or.pred"):
         return sources[0] & sources[1] if kind[0] == "and" else sources[0] | sources[1]
-    if opcode == "selp.b32":
+    if opcode in ("selp.b32", "selp.b64"):
         return np.where(sources[2], sources[0], sources[1])
     if kind[0] == "setp":
         signed = {"s32": np.int32, "u32": np.uint32}[kind[-1]]

@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 import types
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -31,6 +32,8 @@ DTYPES = {
 }
 
 
+#: Words of the inline PTX by their size in bytes.
+WORDS = {4: tl.int32, 8: tl.int64}
 #: For the arguments of a store after self, pointers, value and mask.
 NO_POLICY = (None,) * (len(inspect.signature(interpreter.InterpreterBuilder.create_masked_store).parameters) - 4)
 
@@ -120,8 +123,8 @@ class Builder(interpreter.InterpreterBuilder):
         position = len(kinds) * pack
         for value in values:
             numbers = np.ascontiguousarray(value.data).reshape(lanes, pack)
-            if numbers.dtype.itemsize == 4 and numbers.dtype != np.float32:
-                numbers = numbers.view(np.uint32)
+            if numbers.dtype.kind in "iu":
+                numbers = numbers.view(f"u{numbers.dtype.itemsize}")
             for n in range(pack):
                 registers[f"${position + n}"] = numbers[:, n]
             position += pack
@@ -132,23 +135,21 @@ class Builder(interpreter.InterpreterBuilder):
             columns = [after[f"${n * pack + part}"] for part in range(pack)]
             data = np.stack(columns, axis=-1).reshape(shape)
             element = kind.scalar
-            if element == tl.int32:
-                data = data.view(np.int32)
+            if element in (tl.int32, tl.int64):
+                data = data.view(f"i{data.dtype.itemsize}")
             results.append(interpreter.TensorHandle(data, element))
         return types.SimpleNamespace(get_result=lambda n: results[n])
 
-    def _words(self, addresses, mask):
-        pointers = interpreter.TensorHandle(addresses, tl.pointer_type(tl.int32))
-        return pointers, interpreter.TensorHandle(mask, tl.int1)
-
-    def _load_words(self, addresses, mask):
-        pointers, mask = self._words(addresses, mask)
-        return self.create_masked_load(pointers, mask, None, *NO_POLICY, True).data.view(np.uint32)
+    def _load_words(self, addresses, mask, size):
+        pointers = interpreter.TensorHandle(addresses, tl.pointer_type(WORDS[size]))
+        mask = interpreter.TensorHandle(mask, tl.int1)
+        return self.create_masked_load(pointers, mask, None, *NO_POLICY, True).data.view(f"u{size}")
 
     def _store_words(self, addresses, words, mask):
-        pointers, mask = self._words(addresses, mask)
-        value = interpreter.TensorHandle(words.view(np.int32), tl.int32)
-        self.create_masked_store(pointers, value, mask, *NO_POLICY)
+        size = words.dtype.itemsize
+        pointers = interpreter.TensorHandle(addresses, tl.pointer_type(WORDS[size]))
+        value = interpreter.TensorHandle(words.view(f"i{size}"), WORDS[size])
+        self.create_masked_store(pointers, value, interpreter.TensorHandle(mask, tl.int1), *NO_POLICY)
 
     def create_atomic_rmw(self, rmwOp, ptr, val, mask, sem, scope):
         os.sched_yield()
@@ -212,9 +213,10 @@ def run_program(request: dict[str, Any], program: tuple[int, ...], address: int)
     function.rewrite()(**arguments)
 
 
-def child(request: dict[str, Any], program: tuple[int, ...], address: int, errors: int) -> None:
+def child(request: dict[str, Any], programs: Sequence[tuple[int, ...]], address: int, errors: int) -> None:
     try:
-        run_program(request, program, address)
+        for program in programs:
+            run_program(request, program, address)
     except BaseException:
         os.write(errors, traceback.format_exc(limit=-4).encode()[-2000:])
         os._exit(1)
@@ -263,18 +265,18 @@ def serve(request: dict[str, Any]) -> dict[str, Any]:
     grid = request["grid"]
     programs = [(x, y) for x in range(grid[0]) for y in range(grid[1] if len(grid) > 1 else 1)]
     children: dict[int, tuple] = {}
-    for program in programs:
+    # Programs that wait for nobody may run one after another, which saves processes.
+    shares = [programs] if request.get("serial") else [[program] for program in programs]
+    for share in shares:
         receiving, sending = os.pipe()
         pid = os.fork()
         if pid == 0:
-            child(request, program, address, sending)
+            child(request, share, address, sending)
         os.close(sending)
-        children[pid] = (program, receiving)
+        children[pid] = (share[0], receiving)
     pipes = [pipe for _, pipe in children.values()]
     try:
-        errors = wait(
-            children, time.monotonic() + request["emulation"]["timeout_s"], request["emulation"]["fault"]
-        )
+        errors = wait(children, time.monotonic() + request["emulation"]["timeout_s"], request["emulation"]["fault"])
     finally:
         for pipe in pipes:
             os.close(pipe)

@@ -72,7 +72,9 @@ PRODUCTS = (
     (torch.float32, "tf32"),
     (torch.float32, "ieee"),
 )
-TYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32"}
+TYPE_NAMES = {
+    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"
+}  # fmt: skip
 #: The pointer through which a kernel reads what other blocks of its launch have written.
 EXCHANGE = {"recurrent_forward": "exchange_ptr", "recurrent_backward": "grad_gates_ptr"}
 #: What tells the assembly that waits for other blocks' results from the rest.
@@ -105,11 +107,15 @@ def recurrent_launch(chosen: RecurrentPlan, lengths: bool = False) -> Launch:
     names = inspect.signature(kernel_function(plan.KERNELS[chosen.direction]).fn).parameters
     fp32 = {"cells_ptr", "grad_c_ptr"} | ({"c_n_ptr"} if chosen.tier == "step" else set())
     given: dict[str, Any] = {}
-    for name in names:
+    for name, parameter in names.items():
+        if parameter.default is not inspect.Parameter.empty:
+            continue  # of a variant of the cell
         if name in {"counter_ptr", "status_ptr"} or (name == "lengths_ptr" and lengths):
             given[name] = word
         elif name == "lengths_ptr":
             given[name] = None
+        elif name == "parts_ptr":
+            given[name] = _meta(torch.int64, 1) if chosen.parts > 1 else None
         elif name.endswith("_ptr"):
             given[name] = single if name in fp32 else value
         elif name not in chosen.constants and name not in {"n_tiles", "spin_limit"}:
@@ -125,7 +131,7 @@ def gemm_launch(chosen: GemmPlan, dtype: torch.dtype) -> Launch:
 
 def recurrent_key(chosen: RecurrentPlan) -> tuple:
     """What tells the kernels of a direction and dtype apart, except for H and what follows from it."""
-    return (chosen.tier, chosen.protocol, chosen.block_h, chosen.block_b, chosen.block_k, chosen.split,
+    return (chosen.tier, chosen.protocol, chosen.block_h, chosen.block_b, chosen.block_k, chosen.parts,
             chosen.num_warps, chosen.poll)  # fmt: skip
 
 
@@ -197,11 +203,13 @@ def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tupl
     types: dict[str, str] = {}
     constants = dict(launch.constants)
     attributes: dict[tuple[int, ...], list] = {}
-    for position, name in enumerate(kernel_function(launch.kernel).arg_names):
+    parameters = inspect.signature(kernel_function(launch.kernel).fn).parameters
+    for position, (name, parameter) in enumerate(parameters.items()):
         value = launch.arguments.get(name)
         if name in launch.constants or value is None:
             types[name] = "constexpr"
-            constants[name] = launch.constants.get(name)
+            default = None if parameter.default is inspect.Parameter.empty else parameter.default
+            constants[name] = launch.constants.get(name, default)
         elif isinstance(value, torch.Tensor):
             types[name] = "*" + TYPE_NAMES[value.dtype]
             attributes[(position,)] = [["tt.divisibility", 16]]
@@ -250,8 +258,8 @@ def read_code(compiled: Any, launch: Launch) -> tuple[machine_code.Code, machine
 def expected_matrix(launch: Launch, dtype: torch.dtype, arch: str) -> re.Pattern[str] | None:
     """The matrix instruction that is meant; None where products are to run on ordinary multiply-adds.
 
-    wgmma (sm_90) and tcgen05 (sm_100) multiply 64 rows at least. The forward pass gives them 4 * BLOCK_H rows; the
-    backward pass splits K over the warps instead, and so multiplies with mma.sync by design.
+    wgmma (sm_90) and tcgen05 (sm_100) multiply 64 rows at least. The forward pass gives them 4 * BLOCK_H rows, the
+    backward pass PARTS * BLOCK_H.
     """
     constants = launch.constants
     if arch.startswith("gfx"):
@@ -263,7 +271,7 @@ def expected_matrix(launch: Launch, dtype: torch.dtype, arch: str) -> re.Pattern
     elif launch.kernel == "recurrent_forward":
         rows = 4 * constants["BLOCK_H"]
     else:
-        rows = constants["BLOCK_H"] if constants["SPLIT"] == 1 else 0
+        rows = constants["BLOCK_H"] * constants["PARTS"]
     if rows >= 64 and arch in ("sm_90", "sm_100"):
         return re.compile("HGMMA" if arch == "sm_90" else "UTC.?MMA")
     return re.compile("HMMA")
@@ -403,7 +411,7 @@ def _bytes_a_thread(configuration: Configuration) -> int:
     chosen = configuration.plan
     if not isinstance(chosen, RecurrentPlan):
         return 0
-    tile = chosen.block_k * chosen.split * chosen.block_b * chosen.dtype.itemsize
+    tile = chosen.block_k * chosen.block_b * chosen.dtype.itemsize
     return tile // (chosen.num_warps * configuration.device.warp_size)
 
 

@@ -222,15 +222,14 @@ class Code:
                 bits |= _bits(state, source, guard)
             new.append((register, bits))
         # What is known under a predicate holds until the predicate may have changed, and within a block.
-        stale = [
-            known for known in state
-            if "@" in known and known.partition("@")[2].lstrip("!") in instruction.operands
-        ]  # fmt: skip
-        for known in stale:
-            del state[known]
-        for register, bits in new:
-            for known in [known for known in state if known.startswith(f"{register}@")]:
+        guarded = [known for known in state if "@" in known]
+        for known in guarded:
+            if known.partition("@")[2].lstrip("!") in instruction.operands:
                 del state[known]
+        for register, bits in new:
+            for known in guarded:
+                if known.startswith(f"{register}@"):
+                    state.pop(known, None)
             if guard:
                 state[f"{register}@{guard}"] = bits
                 bits |= state.get(register, 0)

@@ -28,9 +28,10 @@ T time steps, B batch, D input size, H hidden size, HX = H rounded up to a multi
     needs    seven flags, one per result; a result not needed is empty(0). grad_b [4H] is that of either bias
 
 Wrong arguments raise ValueError with the value received. Derivatives of every order of `layer`: the Triton kernels
-compute results and first gradients; a gradient that is to be differentiated itself (`create_graph=True`) and
-forward-mode derivatives are computed by the plain operators, on any device, from the inputs anew. Under autocast
-every tensor except c0 and lengths is cast to the autocast dtype; the cell state stays float32.
+compute results and first gradients; derivatives of a gradient (only when they are asked for) and forward-mode
+derivatives are computed by the plain operators, on any device, from the inputs anew. `torch.func.vmap` adds the
+mapped dimension to the batch (`tritlstm.batching`). Under autocast every tensor except c0 and lengths is cast to the
+autocast dtype; the cell state stays float32.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import aten
+from . import aten, batching
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -69,7 +70,7 @@ def layer(
 ) -> Results:
     """`torch.ops.tritlstm.layer`, which also works inside `torch.func.grad` and `torch.func.vmap`."""
     args = (x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse)
-    if not torch.compiler.is_compiling() and _dual() and not torch.is_autocast_enabled(x.device.type):
+    if not torch.compiler.is_compiling() and forward_mode() and not torch.is_autocast_enabled(x.device.type):
         return _plain_forward(*args, True, gate0)
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
         return _layer(*args, save, gate0)
@@ -199,11 +200,11 @@ class _Layer(torch.autograd.Function):
         *before, need_b_ih, need_b_hh, need_h0, need_c0, _, _, _, need_gate0 = ctx.needs_input_grad
         needs = (*before, need_b_ih or need_b_hh, need_h0, need_c0, need_gate0)
         inputs = (*grads[:3], x, w_ih, w_hh, h0, c0, lengths)
-        if torch.is_grad_enabled():
-            # Someone may differentiate the gradient: what was saved becomes a function of the inputs again,
-            # and the gradient a chain of plain operators.
-            forward = (x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, ctx.reverse, True, gate0)
-            results = _differentiable_backward(forward, inputs, needs)
+        forward = (x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, ctx.reverse, True, gate0)
+        if forward_mode():
+            results = _differentiable_backward(grads[:3], forward, needs)
+        elif torch.is_grad_enabled():  # someone may differentiate the gradient
+            results = _Gradient.apply(*grads[:3], *forward, out, gates, cells, needs)
         else:
             results = _layer_backward(*inputs, out, gates, cells, ctx.reverse, needs)
         d_x, d_w_ih, d_w_hh, d_b, d_h0, d_c0, d_gate0 = (
@@ -230,14 +231,50 @@ class _LayerBackward(torch.autograd.Function):
         )
 
 
+class _Gradient(torch.autograd.Function):
+    """`layer_backward`, whose own derivatives are those of plain operators that begin at the layer's inputs."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        grads, needs = args[:3], args[-1]
+        x, w_ih, w_hh, _, _, h0, c0, lengths, reverse, _, _, *saved = args[3:-1]
+        return _below_autograd(_layer_backward, (*grads, x, w_ih, w_hh, h0, c0, lengths, *saved, reverse, needs))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.reverse, ctx.save, gate0, _, _, _, ctx.needs = inputs
+        ctx.save_for_backward(*tensors, gate0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, gate0 = ctx.saved_tensors
+        inputs = [*tensors, ctx.reverse, ctx.save, gate0]
+        asked = [k for k, value in enumerate(inputs) if isinstance(value, Tensor) and ctx.needs_input_grad[k]]
+
+        def gradient(*values: Tensor) -> tuple[Tensor, ...]:
+            args = list(inputs)
+            for k, value in zip(asked, values, strict=True):
+                args[k] = value
+            return _differentiable_backward(args[:3], args[3:], ctx.needs)
+
+        results: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        derivative = torch.func.vjp(gradient, *(inputs[k] for k in asked))[1]
+        for k, value in zip(asked, derivative(grads), strict=True):
+            results[k] = value
+        return tuple(results)
+
+
 def _differentiable_backward(
-    forward: tuple[Any, ...], inputs: tuple[Any, ...], needs: Sequence[bool]
+    grads: Sequence[Tensor | None], forward: Sequence[Any], needs: Sequence[bool]
 ) -> tuple[Tensor, ...]:
-    reverse = forward[8]
-    with torch.autocast(inputs[3].device.type, enabled=False):
-        out, _, _, gates, cells = aten.forward(*forward)
-        backward: Any = aten.backward
-        return backward(*inputs, out, gates, cells, reverse, needs)
+    """The layer's backward by plain operators, with what the forward saves a function of its inputs again."""
+    x, w_ih, w_hh, _, _, h0, c0, lengths, reverse, *_ = forward
+    with torch.autocast(x.device.type, enabled=False):
+        plain: Any = aten
+        out, _, _, gates, cells = plain.forward(*forward)
+        return plain.backward(*grads, x, w_ih, w_hh, h0, c0, lengths, out, gates, cells, reverse, needs)
 
 
 def _below_autograd(op: Any, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
@@ -249,7 +286,7 @@ def _recorded(args: tuple[Any, ...]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
 
 
-def _dual() -> bool:
+def forward_mode() -> bool:
     """Whether forward-mode differentiation is on, of which an autograd.Function would give a silent zero."""
     return forward_ad._current_level >= 0
 
@@ -270,13 +307,13 @@ def _forward_autograd(
     tensors = (x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths)
     recorded = _recorded((*tensors, gate0))
     args = (*tensors, reverse, save or recorded, gate0)
-    if _dual():
+    if forward_mode():
         return _plain_forward(*args)
     return _Layer.apply(*args) if recorded else _below_autograd(_layer, args)
 
 
 def _backward_autograd(*args: Any) -> tuple[Tensor, ...]:
-    apply = _recorded(args) or _dual()
+    apply = _recorded(args) or forward_mode()
     return _LayerBackward.apply(*args) if apply else _below_autograd(_layer_backward, args)
 
 
@@ -361,3 +398,4 @@ _library.impl("layer", _forward_autograd, "Autograd")
 _library.impl("layer_backward", _backward_autograd, "Autograd")
 torch.library.register_fake(_layer, _forward_fake, lib=_library)
 torch.library.register_fake(_layer_backward, _backward_fake, lib=_library)
+batching.register(_library, _layer, _layer_backward)

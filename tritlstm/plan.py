@@ -135,6 +135,7 @@ class StepCost:
 
     hand_off: float  # until a published element can be read
     copy: float  # the tile of h (or of gate gradients) from L2
+    parts: float  # the second hand-off of the backward pass, of partial sums
     weights: float  # resident weights from shared memory, or the matrix unit's time if longer; fences
     streamed: float  # the other weights from L2
     cell: float  # epilogue: gates, cell, stores
@@ -170,7 +171,7 @@ class RecurrentPlan:
     block_h: int
     block_b: int
     block_k: int
-    split: int  # parts of K, one a warp (backward)
+    parts: int  # of K, each multiplied by another block of a team (backward)
     chunks: int
     resident: int
     poll: int
@@ -184,14 +185,14 @@ class RecurrentPlan:
     max_registers: int | None = None
     amd: bool = False
     spin_limit: int = SPIN_LIMIT
+    #: Constexpr parameters of a variant of the cell that are not the kernel's defaults.
+    cell: tuple[tuple[str, Any], ...] = ()
 
     @property
     def prologue(self) -> int:
         """Chunks of w_hh that are loaded together before the time loop: as many as half the registers hold."""
-        rows = self.block_h * (4 if self.direction == "forward" else 1)
-        return max(
-            1, PROLOGUE_BYTES * self.num_warps // (rows * self.block_k * self.split * self.dtype.itemsize)
-        )
+        rows = self.block_h * (4 if self.direction == "forward" else self.parts)
+        return max(1, PROLOGUE_BYTES * self.num_warps // (rows * self.block_k * self.dtype.itemsize))
 
     @property
     def us_per_step(self) -> float:
@@ -218,8 +219,8 @@ class RecurrentPlan:
         }
         if self.direction == "forward":
             separate = padded(self.hidden) != self.hidden
-            return {**constants, "SAVE": self.save, "SEPARATE_OUT": separate}
-        return {**constants, "SPLIT": self.split}
+            return {**constants, "SAVE": self.save, "SEPARATE_OUT": separate, **dict(self.cell)}
+        return {**constants, "PARTS": self.parts, **dict(self.cell)}
 
     def launch(self, arguments: dict[str, Any]) -> Launch:
         """The launch with its tensors and sizes filled in."""
@@ -237,9 +238,10 @@ class RecurrentPlan:
     def describe(self) -> str:
         """One line: tier, protocol, tiles."""
         on_chip = f"{self.resident}/{self.chunks} chunks of w_hh on chip"
+        teams = f" in teams of {self.parts}" if self.parts > 1 else ""
         return (
-            f"{self.tier}, exchange {self.protocol}, {self.n_blocks} blocks of {self.block_h} units x {self.n_groups} "
-            f"groups, {self.n_tiles} batch tiles of {self.block_b}, {on_chip}, {self.num_warps} warps"
+            f"{self.tier}, exchange {self.protocol}, {self.n_blocks} blocks of {self.block_h} units{teams} x "
+            f"{self.n_groups} groups, {self.n_tiles} batch tiles of {self.block_b}, {on_chip}, {self.num_warps} warps"
         )
 
 
@@ -276,8 +278,8 @@ class _Problem:
         return padded(self.hidden) * (4 if self.direction == "backward" else 1)
 
 
-def _block_k(problem: _Problem, split: int, tier: str, block_b: int, threads: int) -> int:
-    """Elements of K in a chunk (backward, in one of its parts): long chunks, but little padding at the end of K.
+def _block_k(problem: _Problem, depth: int, tier: str, block_b: int, threads: int) -> int:
+    """Elements of K in a chunk: long chunks, but little padding at the end of a block's ``depth``.
 
     The products of two chunks are kept apart by a wait for the matrix unit and a fence. Chunks that are read again in
     every step pass through registers, so they are short.
@@ -285,31 +287,43 @@ def _block_k(problem: _Problem, split: int, tier: str, block_b: int, threads: in
     if problem.block_k is not None:
         return problem.block_k
     if _scalar_products(problem):
-        return 64 if split == 1 else 16  # the compiler unrolls such a product, with all its operands in registers
-    chunks = [size // problem.element for size in ((1024, 512, 256) if split == 1 else (2048, 1024, 512))]
+        return 64  # the compiler unrolls such a product, with all its operands in registers
+    chunks = [size // problem.element for size in (1024, 512, 256)]
     if tier != "persistent":
-        return chunks[-1] // split
+        return chunks[-1]
     received = {chunk: chunk * block_b * problem.element / 4 / threads for chunk in chunks}
     # Without wgmma, the operands of a product pass through registers as well.
-    from_shared = problem.direction == "backward" or problem.device.matrix_rows > 16
-    most = RECEIVED_REGISTERS / (2 if from_shared else 4)
+    most = RECEIVED_REGISTERS / (2 if problem.device.matrix_rows > 16 else 4)
     chunks = [chunk for chunk in chunks if received[chunk] <= most] or chunks[-1:]
-    return min(chunks, key=lambda chunk: -(-problem.depth // chunk) * (chunk + 48)) // split
+    return min(chunks, key=lambda chunk: -(-depth // chunk) * (chunk + 48))
 
 
 def _candidates(problem: _Problem) -> Iterator[RecurrentPlan]:
-    hidden, device = problem.hidden, problem.device
+    hidden = problem.hidden
     for block_b in (16, 32):
         if block_b > 16 and block_b >= 2 * _power_of_two(problem.batch, 16):
             continue
         whole = _power_of_two(padded(hidden), 16)
         if whole <= 128 and not problem.one_step:
-            yield from _feasible(problem, "single", whole, block_b, 4 if whole < 32 else 8, device.sms)
-        for block_h in (16,) if _scalar_products(problem) else (16, 32, 64):
-            if block_h > 16 and block_h >= 2 * padded(hidden):
-                continue
-            for tier in ("step",) if problem.one_step else ("persistent", "streaming", "step"):
-                yield from _feasible(problem, tier, block_h, block_b, _num_warps(problem, block_h), device.sms)
+            yield from _feasible(problem, "single", whole, block_b, 1, _single_warps(problem, whole))
+        for tier in ("step",) if problem.one_step else ("persistent", "streaming", "step"):
+            for block_h, parts in _teams(problem, tier):
+                if block_h > 16 and block_h * parts >= 2 * padded(hidden):
+                    continue
+                yield from _feasible(problem, tier, block_h, block_b, parts, _num_warps(problem, block_h * parts))
+
+
+def _teams(problem: _Problem, tier: str) -> tuple[tuple[int, int], ...]:
+    """Units of a block, and how many blocks share the products for theirs.
+
+    Backward a block has only BLOCK_H rows of its own, and K is 4 HX: a team of blocks multiplies for all its units,
+    each block a part of K. The matrix unit then gets 64 rows or 128, and a block reads a part of what was exchanged.
+    The step tier has no exchange, so no teams.
+    """
+    if problem.direction == "forward" or tier == "step":
+        sizes = (16,) if _scalar_products(problem) else (16, 32, 64) if problem.direction == "forward" else (16, 32)
+        return tuple((block_h, 1) for block_h in sizes)
+    return ((16, 4),) if _scalar_products(problem) else ((16, 4), (32, 2), (32, 4))
 
 
 def _max_registers(device: Device, crowded: bool = False) -> int | None:
@@ -319,11 +333,18 @@ def _max_registers(device: Device, crowded: bool = False) -> int | None:
     return 255 if device.arch.startswith("sm_") and not untold else None
 
 
-def _num_warps(problem: _Problem, block_h: int) -> int:
-    # Forward, 16 of the product's rows a warp: its units are then the same as in the tile of cells.
-    if problem.direction == "backward" or _scalar_products(problem):
+def _num_warps(problem: _Problem, units: int) -> int:
+    # 16 of the product's rows a warp. Forward, its units are then the same as in the tile of cells.
+    if _scalar_products(problem):
         return 8
-    return min(8, block_h // 4)
+    return min(8, max(4, units * (4 if problem.direction == "forward" else 1) // 16))
+
+
+def _single_warps(problem: _Problem, units: int) -> int:
+    # Backward 16 of the product's rows a warp: eight would multiply 64 rows twice.
+    if problem.direction == "backward" and not _scalar_products(problem):
+        return max(units // 16, 2 if problem.device.warp_size == 64 else 1)
+    return 4 if units < 32 else 8
 
 
 #: 32-bit registers of what a thread receives at a time, at most.
@@ -350,39 +371,39 @@ def _scalar_products(problem: _Problem) -> bool:
 
 
 def _feasible(
-    problem: _Problem, tier: str, block_h: int, block_b: int, num_warps: int, sms: int
+    problem: _Problem, tier: str, block_h: int, block_b: int, parts: int, num_warps: int
 ) -> Iterator[RecurrentPlan]:
-    device, hidden, element = problem.device, problem.hidden, problem.element
+    device, hidden, element, sms = problem.device, problem.hidden, problem.element, problem.device.sms
     forward = problem.direction == "forward"
     threads = num_warps * device.warp_size
     cells = block_h * block_b / threads
     if cells > _most_cells(problem, tier, block_b):
         return
-    n_blocks = 1 if tier == "single" else -(-padded(hidden) // block_h)
+    n_blocks = 1 if tier == "single" else -(-padded(hidden) // (block_h * parts)) * parts
     n_tiles = -(-problem.batch // block_b)
     if tier != "step" and n_blocks > sms:
         return
     n_groups = n_tiles if tier == "step" else min(n_tiles, sms // n_blocks)
     if tier == "single":
-        split, block_k = 1, block_h
+        block_k = block_h
         chunks = resident = poll = 1
         # Operands of the product come from registers through shared memory.
         shared = 4 * block_h * block_h * element + block_h * block_b * (4 * 4 + element)
         if shared > device.shared_bytes:
             return
     else:
-        split = 1 if forward else num_warps
-        block_k = _block_k(problem, split, tier, block_b, threads)
-        chunks = -(-problem.depth // (block_k * split))
-        rows = (4 if forward else 1) * block_h
-        chunk_bytes = rows * block_k * split * element
-        tile_bytes = block_k * split * block_b * element
-        scratch = block_h * block_b * 4 * (4 if forward else split)
+        depth = problem.depth // parts
+        block_k = _block_k(problem, depth, tier, block_b, threads)
+        chunks = -(-depth // block_k)
+        rows = (4 if forward else parts) * block_h
+        chunk_bytes = rows * block_k * element
+        tile_bytes = block_k * block_b * element
+        scratch = rows * block_b * 4
         if tile_bytes < 16 * threads and device.arch.startswith("sm_"):
             return  # a thread waits for whole runs of 16 bytes
         room = device.shared_bytes - scratch
         per_tile = tile_bytes / 4 / threads
-        from_shared = not forward or device.matrix_rows > 16
+        from_shared = device.matrix_rows > 16
         received = RECEIVED_REGISTERS / (1 if cells <= 2 else 2 if tier == "persistent" and from_shared else 4)
         resident = poll = 0
         for together in (16, 8, 4, 2, 1):
@@ -404,7 +425,7 @@ def _feasible(
             return
         shared = (resident + (resident < chunks)) * chunk_bytes + min(poll, chunks) * tile_bytes + scratch
     plan = RecurrentPlan(
-        problem.direction, tier, "none", hidden, problem.dtype, problem.precision, block_h, block_b, block_k, split,
+        problem.direction, tier, "none", hidden, problem.dtype, problem.precision, block_h, block_b, block_k, parts,
         chunks, resident, poll, num_warps, n_blocks, n_groups, n_tiles, shared, problem.save, cost=_NO_COST,
         max_registers=_max_registers(device, not forward and tier != "single" and cells > 2),
         amd=device.arch.startswith("gfx"),
@@ -414,7 +435,7 @@ def _feasible(
         yield dataclasses.replace(chosen, cost=_cost(problem, chosen))
 
 
-_NO_COST = StepCost(0, 0, 0, 0, 0, 0, 0)
+_NO_COST = StepCost(0, 0, 0, 0, 0, 0, 0, 0)
 
 
 def _cost(problem: _Problem, plan: RecurrentPlan) -> StepCost:
@@ -432,13 +453,11 @@ def _cost(problem: _Problem, plan: RecurrentPlan) -> StepCost:
     rate = device.fma_per_clock * (1.0 if element == 2 else 0.5)
     if problem.precision == "ieee" and element == 4:
         rate = 128 * 0.25  # CUDA cores, operands from shared memory
-    elif problem.direction == "forward" and device.matrix_rows > 16 and 4 * plan.block_h < device.matrix_rows:
+    elif plan.block_h * (4 if problem.direction == "forward" else plan.parts) < device.matrix_rows:
         rate *= 0.5
-    elif problem.direction == "backward":
-        rate *= 0.25  # mma.sync with the operands of one warp: a chain of dependent products
     matrix = multiply_adds / (rate * clock)
     shared = share * weight_bytes / (SHARED_BYTES_PER_CLOCK * clock)
-    read = rows * depth * element
+    read = rows * depth // plan.parts * element
     receptions = math.ceil(plan.resident / plan.poll) + (plan.chunks - plan.resident)
     copy = (
         0.0
@@ -446,6 +465,10 @@ def _cost(problem: _Problem, plan: RecurrentPlan) -> StepCost:
         else receptions * L2_LATENCY_US
         + max(read / SM_L2_BYTES_PER_US, blocks * read / device.l2_bytes_per_us)
     )
+    parts = 0.0
+    if plan.parts > 1:
+        taken = plan.parts * plan.block_h * rows * 8  # 64-bit words
+        parts = FLAG_US + L2_LATENCY_US + max(taken / SM_L2_BYTES_PER_US, blocks * taken / device.l2_bytes_per_us)
     left = (1.0 - share) * weight_bytes
     streamed = max(left / SM_L2_BYTES_PER_US, blocks * left / device.l2_bytes_per_us)
     hand_off = {"none": 0.0, "counter": COUNTER_US, "flag": FLAG_US}[plan.protocol]
@@ -455,7 +478,9 @@ def _cost(problem: _Problem, plan: RecurrentPlan) -> StepCost:
         prefill = rows * plan.n_groups * depth * element / device.memory_bytes_per_us
     launch = LAUNCH_US if plan.tier == "step" and not problem.one_step else 0.0
     weights = max(matrix, shared) + FENCE_US * plan.chunks
-    return StepCost(hand_off, copy * waves, weights * waves, streamed * waves, cell * waves, launch, prefill)
+    return StepCost(
+        hand_off, copy * waves, parts * waves, weights * waves, streamed * waves, cell * waves, launch, prefill
+    )
 
 
 class PlanError(ValueError):
@@ -476,10 +501,12 @@ def recurrent(
     """The fastest predicted plan of one recurrent kernel.
 
     ``direction`` is ``'forward'`` or ``'backward'``; ``overrides`` fixes fields of :class:`RecurrentPlan`
-    (``tier``, ``protocol``, ``block_h``, ``block_b``, ``block_k``, ``num_warps``, and after the choice
-    ``split``, ``resident``, ``poll``, ``n_groups``). Raises :class:`PlanError` if nothing fits.
+    (``tier``, ``protocol``, ``block_h``, ``block_b``, ``block_k``, ``num_warps``, backward ``parts``, and after the
+    choice ``resident``, ``poll``, ``n_groups``). Raises :class:`PlanError` if nothing fits.
     """
     fixed = dict(overrides or {})
+    if direction == "forward":
+        fixed.pop("parts", None)
     block_k = fixed.pop("block_k", None)
     # A single step needs no exchange; every longer sequence is planned alike.
     asked = fixed.get("protocol")
@@ -535,7 +562,7 @@ def _kib(size: int) -> int:
     return -(-size // 1024)
 
 
-CHOICES = ("tier", "protocol", "block_h", "block_b", "num_warps")
+CHOICES = ("tier", "protocol", "block_h", "block_b", "num_warps", "parts")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -562,12 +589,11 @@ def _adjusted(plan: RecurrentPlan, changes: Mapping[str, Any]) -> RecurrentPlan:
         return dataclasses.replace(
             plan, **{k: v for k, v in changes.items() if k in ("n_groups", "spin_limit", "amd")}
         )
-    depth = padded(plan.hidden) * (4 if plan.direction == "backward" else 1)
-    split = changes.get("split", plan.split) if plan.direction == "backward" else 1
-    chunks = -(-depth // (plan.block_k * split))
-    resident = chunks if plan.tier == "persistent" else min(changes.get("resident", plan.resident), chunks)
+    resident = plan.chunks
+    if plan.tier != "persistent":
+        resident = min(changes.get("resident", plan.resident), plan.chunks)
     return dataclasses.replace(
-        plan, split=split, chunks=chunks, resident=resident, poll=changes.get("poll", plan.poll),
+        plan, resident=resident, poll=changes.get("poll", plan.poll),
         n_groups=min(plan.n_tiles, changes.get("n_groups", plan.n_groups)),
         spin_limit=changes.get("spin_limit", plan.spin_limit), amd=changes.get("amd", plan.amd),
     )  # fmt: skip

@@ -45,11 +45,17 @@ class Shape:
         return f"T={self.T} B={self.B} D={self.D} H={self.H} {self.dtype}"
 
 
-#: Shapes of the GPU benchmark, one layer of each.
+#: Shapes of the GPU benchmark but its sweeps, one layer of each; what it runs in fp16 and bf16 stands here once.
 SHAPES = (
     Shape(1024, 16, 768, 768, "fp16"), Shape(512, 64, 512, 512, "fp16"), Shape(512, 64, 1024, 1024, "fp16"),
-    Shape(256, 32, 256, 256, "bf16"), Shape(512, 20, 650, 650, "bf16"), Shape(35, 20, 1500, 1500, "fp16"),
-    Shape(100, 1024, 16, 64, "fp32"), Shape(256, 32, 2048, 2048, "bf16"),
+    Shape(512, 128, 1024, 1024, "fp16"), Shape(256, 32, 256, 256, "bf16"),
+    Shape(1024, 16, 768, 768, "fp32"), Shape(512, 64, 512, 512, "fp32"), Shape(512, 64, 1024, 1024, "fp32"),
+    Shape(512, 128, 1024, 1024, "fp32"), Shape(256, 32, 256, 256, "fp32"),
+    Shape(512, 20, 650, 650, "bf16"), Shape(70, 80, 1150, 1150, "bf16"), Shape(35, 20, 1500, 1500, "fp16"),
+    Shape(800, 32, 80, 512, "bf16"), Shape(800, 32, 80, 1024, "bf16"), Shape(100, 64, 256, 256, "fp16"),
+    Shape(100, 1024, 16, 64, "fp32"), Shape(80, 64, 512, 512, "fp32"), Shape(1, 4096, 256, 256, "fp32"),
+    Shape(32, 1024, 28, 32, "fp32"), Shape(1, 1, 512, 512, "fp16"), Shape(256, 32, 2048, 2048, "bf16"),
+    Shape(128, 32, 4096, 4096, "bf16"), Shape(16384, 8, 512, 512, "bf16"),
 )  # fmt: skip
 
 

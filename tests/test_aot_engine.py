@@ -1,0 +1,215 @@
+"""The C engine's CUDA side without a GPU: every launch that it makes runs in the emulator, and the results are compared
+with torch in float64 and with the NumPy reference. Driver: tests/capi_hosts/standin_libcuda.c."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from aot_world import DTYPES, World, ffi, pointer, pointers
+from torch import Tensor, nn
+
+from tritlstm import reference
+
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+IMAGES = "sm_90,fp32,H32,persistent,step"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("aot"), IMAGES)
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("aot-half"), "sm_90,fp16,bf16,H32")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    layers: int = 1
+    both: bool = False
+    bias: bool = True
+    proj: int = 0
+    batch_first: bool = False
+    dtype: torch.dtype = torch.float32
+    lengths: tuple[int, ...] | None = None
+    steps: int = 4
+    batch: int = 3
+    d: int = 5
+    h: int = 20
+    sms: int = 4  # of the pretended device
+    states: bool = True  # whether h0, c0 are given
+    upstream: str = "ohc"  # which of the gradients of out, h_n, c_n come in
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"input_size": self.d, "hidden_size": self.h, "num_layers": self.layers, "bidirectional": self.both,
+                "bias": self.bias, "proj_size": self.proj, "batch_first": self.batch_first,
+                "dtype": DTYPES[self.dtype]}  # fmt: skip
+
+    def __str__(self) -> str:
+        plain = Case()
+        words = [
+            f"{f.name}={getattr(self, f.name)}".replace("torch.", "")
+            for f in dataclasses.fields(self)
+            if getattr(self, f.name) != getattr(plain, f.name)
+        ]
+        return "-".join(words).replace(" ", "") or "plain"
+
+
+class Problem:
+    def __init__(self, case: Case):
+        self.case = case
+        torch.manual_seed(len(str(case)))
+        self.module = self.make(torch.float64)
+        self.width, self.rows = case.proj or case.h, case.layers * (1 + case.both)
+        with torch.no_grad():
+            for weight in self.module.parameters():
+                weight.copy_((0.4 * torch.randn(weight.shape)).to(case.dtype))
+        self.x = self.draw(case.steps, case.batch, case.d)
+        self.h0, self.c0 = self.draw(self.rows, case.batch, self.width), self.draw(self.rows, case.batch, case.h)
+        if not case.states:
+            self.h0, self.c0 = torch.zeros_like(self.h0), torch.zeros_like(self.c0)
+        shapes = {"o": (case.steps, case.batch, (1 + case.both) * self.width), "h": self.h0.shape, "c": self.c0.shape}
+        self.grads = {k: self.draw(*shape) if k in case.upstream else None for k, shape in shapes.items()}
+        self.names = ["out", "h_n", "c_n", "x", "h0", "c0", *(name for name, _ in self.module.named_parameters())]
+
+    def draw(self, *shape: int) -> Tensor:
+        return torch.randn(shape).to(self.case.dtype)
+
+    def make(self, dtype: torch.dtype) -> nn.LSTM:
+        c = self.case
+        return nn.LSTM(c.d, c.h, c.layers, c.bias, False, 0.0, c.both, c.proj, dtype=dtype)
+
+    def by_torch(self, dtype: torch.dtype) -> dict[str, np.ndarray]:
+        """Every sequence cut to its length and run alone; outputs and all gradients."""
+        module = self.make(dtype)
+        module.load_state_dict(self.module.state_dict())
+        x, h0, c0 = (value.to(dtype).requires_grad_() for value in (self.x, self.h0, self.c0))
+        lengths = self.case.lengths or (self.case.steps,) * self.case.batch
+        parts = []
+        for b, length in enumerate(lengths):
+            out = x.new_zeros(len(x), 1, (1 + self.case.both) * self.width)
+            states = h0[:, b : b + 1].contiguous(), c0[:, b : b + 1].contiguous()
+            if length:
+                run, states = module(x[:length, b : b + 1], states)
+                out = torch.cat([run, out[length:]])
+            parts.append((out, *states))
+        outputs = [torch.cat(tensors, 1) for tensors in zip(*parts, strict=True)]
+        given = [(o, g.to(dtype)) for o, g in zip(outputs, self.grads.values(), strict=True) if g is not None]
+        leaves = [x, h0, c0, *module.parameters()]
+        results, upstream = zip(*given, strict=True)
+        found = torch.autograd.grad(results, leaves, upstream, materialize_grads=True)
+        values = [value.detach().double().numpy() for value in (*outputs, *found)]
+        return dict(zip(self.names, values, strict=True))
+
+    def flip(self, value: Tensor | None) -> Tensor | None:
+        return value.transpose(0, 1).contiguous() if self.case.batch_first and value is not None else value
+
+    def weights(self) -> list[Tensor]:
+        return [w.detach().to(self.case.dtype) for w in self.module.parameters()]
+
+    def by_library(self, world: World, offset: int = 0) -> dict[str, np.ndarray]:
+        """Inference, training and backward; what the two forwards give must agree."""
+        case = self.case
+        world.pretend(sms=case.sms)
+        lstm = world.create(self.weights(), **case.options)
+        x, grad_out = world.put(self.flip(self.x), offset), world.put(self.flip(self.grads["o"]), offset)
+        h0, c0 = (world.put(v, offset) if case.states else None for v in (self.h0, self.c0))
+        lengths = None if case.lengths is None else torch.tensor(case.lengths, dtype=torch.int32)
+        # Beyond 0 ... T they are clamped; the last sequence is the longest.
+        if lengths is not None:
+            lengths[-1] += 100 * (case.lengths[-1] == case.steps)
+        lengths = world.put(lengths, 4)
+        common = {"steps": case.steps, "batch": case.batch, "x": pointer(x), "h0": pointer(h0), "c0": pointer(c0),
+                  "lengths": ffi.cast("int32_t *", pointer(lengths))}  # fmt: skip
+        outputs = []
+        reserve = None
+        shape = self.flip(torch.empty(case.steps, case.batch, (1 + case.both) * self.width)).shape
+        for training in (0, 1):
+            results = [world.empty(*s, dtype=case.dtype, offset=offset)
+                       for s in (shape, self.h0.shape, self.c0.shape)]  # fmt: skip
+            args = world.struct("forward_args", **common)
+            args.out, args.h_n, args.c_n = (pointer(v) for v in results)
+            need = world.sizes(lstm, case.steps, case.batch, training)
+            workspace = world.empty(need[0], dtype=torch.uint8)
+            args.workspace, args.workspace_bytes = pointer(workspace), need[0]
+            if training:
+                reserve = world.empty(need[1], dtype=torch.uint8)
+                args.reserve, args.reserve_bytes = pointer(reserve), need[1]
+            world.call("forward", lstm, args)
+            outputs.append(results)
+        for inference, trained in zip(*outputs, strict=True):
+            assert torch.equal(inference, trained)
+        out, h_n, c_n = outputs[1]
+        gradients = [torch.empty_like(v) for v in (self.flip(self.x), self.h0, self.c0, *self.weights())]
+        gradients = [world.empty(*g.shape, dtype=case.dtype, offset=offset) for g in gradients]
+        args = world.struct("backward_args", **common, out=pointer(out), grad_out=pointer(grad_out))
+        args.grad_h_n, args.grad_c_n = (pointer(world.put(self.grads[k])) for k in "hc")
+        args.grad_x, args.grad_h0, args.grad_c0 = (pointer(g) for g in gradients[:3])
+        array = pointers(gradients[3:])
+        args.grad_weights = array
+        workspace = world.empty(need[0], dtype=torch.uint8)
+        args.workspace, args.workspace_bytes = pointer(workspace), need[0]
+        args.reserve, args.reserve_bytes = pointer(reserve), need[1]
+        kept = reserve.clone()
+        world.call("backward", lstm, args)
+        assert torch.equal(reserve, kept)
+        values = [self.flip(out), h_n, c_n, self.flip(gradients[0]), *gradients[1:]]
+        return {name: v.detach().double().numpy() for name, v in zip(self.names, values, strict=True)}
+
+
+def assert_within_budget(found: dict[str, np.ndarray], exact: dict[str, np.ndarray], own: dict[str, np.ndarray],
+                         dtype: torch.dtype) -> None:  # fmt: skip
+    """At most twice torch's own error in the same dtype, plus one rounding, all against float64."""
+    for name, value in exact.items():
+        largest = max(float(np.abs(value).max()), 1e-30)
+        budget = 2 * np.abs(own[name] - value).max() / largest + torch.finfo(dtype).eps
+        error = np.abs(found[name] - value).max() / largest
+        assert error <= budget, f"{name}: error {error:.2e}, budget {budget:.2e}"  # NaN fails, too
+
+
+CASES = [
+    Case(),
+    Case(h=32, d=8),  # no padding
+    Case(layers=2, lengths=(2, 0, 4), bias=False),
+    Case(layers=2, both=True, batch_first=True, lengths=(1, 0, 4)),
+    Case(proj=6, both=True, lengths=(3, 0, 4)),
+    Case(layers=2, proj=8, batch_first=True, bias=False),
+    Case(sms=1, both=True, lengths=(4, 2, 3)),  # two blocks do not fit at once: the step tier
+    Case(steps=1, batch=17),
+    Case(states=False, upstream="hc"),
+    Case(proj=4, states=False, upstream="c"),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_outputs_and_every_gradient_match_torch(world: World, case: Case) -> None:
+    problem = Problem(case)
+    found = problem.by_library(world)
+    assert_within_budget(found, problem.by_torch(torch.float64), problem.by_torch(case.dtype), case.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sixteen_bit_types(half: World, dtype: torch.dtype) -> None:
+    case = Case(dtype=dtype, lengths=(4, 0, 3), layers=2)
+    problem = Problem(case)
+    found = problem.by_library(half)
+    assert_within_budget(found, problem.by_torch(torch.float64), problem.by_torch(dtype), dtype)
+
+
+def test_numpy_reference_and_arrays_that_are_aligned_to_an_element_only(world: World) -> None:
+    problem = Problem(Case(h=32, d=8))
+    weights = [w.double().numpy() for w in problem.weights()]
+    states = [v[0].double().numpy() for v in (problem.h0, problem.c0)]
+    trace = reference.forward(problem.x.double().numpy(), *weights, *states)
+    upstream = [problem.grads["o"].double().numpy(), *(problem.grads[k][0].double().numpy() for k in "hc")]
+    g = reference.backward(trace, *upstream)
+    values = [trace.h, trace.h_n[None], trace.c_n[None], g.x, g.h0[None], g.c0[None], g.w_ih, g.w_hh, g.b, g.b]
+    exact = dict(zip(problem.names, values, strict=True))
+    found = problem.by_library(world, offset=4)
+    assert_within_budget(found, exact, problem.by_torch(torch.float32), torch.float32)
