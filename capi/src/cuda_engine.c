@@ -1084,6 +1084,17 @@ static void lay_out_state(state *s, arena *a)
     s->c_dense = part(a, L, s->B, n->o.hidden_size, n->item);
 }
 
+static int engine_state_destroy(uint64_t id)
+{
+    state *s = state_of(id);
+    if (s->memory && cuda_enter(s->n->device) == TRITLSTM_OK) {
+        cuda_free(s->memory);
+        cuda_leave(s->n->device, TRITLSTM_OK);
+    }
+    free(s);
+    return TRITLSTM_OK;
+}
+
 static int engine_state_create(uint64_t id, int64_t batch, uint64_t *result)
 {
     const network *n = network_of(id);
@@ -1100,23 +1111,11 @@ static int engine_state_create(uint64_t id, int64_t batch, uint64_t *result)
         fill(&j, s->memory, 0, s->bytes);
         fill(&j, s->ones, 1, (size_t)batch * 4);
         if (!j.status) j.status = cuda_wait(NULL);
-        if (j.status && s->memory) cuda_free(s->memory);
         status = cuda_leave(n->device, j.status);
     }
-    if (status) free(s);
+    if (status) engine_state_destroy((uint64_t)(uintptr_t)s);
     else *result = (uint64_t)(uintptr_t)s;
     return status;
-}
-
-static int engine_state_destroy(uint64_t id)
-{
-    state *s = state_of(id);
-    if (cuda_enter(s->n->device) == TRITLSTM_OK) {
-        cuda_free(s->memory);
-        cuda_leave(s->n->device, TRITLSTM_OK);
-    }
-    free(s);
-    return TRITLSTM_OK;
 }
 
 static int engine_state_reset(uint64_t id, const uint8_t *rows, void *stream)
