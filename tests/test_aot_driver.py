@@ -36,6 +36,7 @@ from torch import Tensor
 from tritlstm.capi import aot
 from tritlstm.plan import DEVICES
 
+pytestmark = pytest.mark.timeout(600)  # kernels are compiled
 IMAGES = "sm_80,sm_86,sm_90,ptx,fp32,H32,persistent,step"
 T, B, D, H = 3, 2, 5, 20
 HANDLE = ffi.new("tritlstm **")
@@ -244,7 +245,6 @@ def everything(world: World, attempt: Callable[..., bool]) -> None:
 ENDING = {"cuMemFree_v2", "cuMemFreeHost", "cuModuleUnload", "cuDevicePrimaryCtxRelease_v2"}
 
 
-@pytest.mark.timeout(240)
 def test_every_driver_call_may_fail(world: World) -> None:
     """Calls of a host's whole life fail, one in each run: it hears of it, in the driver's words, and nothing leaks."""
     statuses: list[int] = []

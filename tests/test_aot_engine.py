@@ -4,17 +4,25 @@ with torch in float64 and with the NumPy reference. Driver: tests/capi_hosts/sta
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from aot_world import CPU, CUDA, DTYPES, NULL, World, ffi, pointer, pointers
+from aot_world import CPU, CUDA, DTYPES, HOSTS, NULL, World, ffi, pointer, pointers
 from torch import Tensor, nn
 
 from tritlstm import reference
+from tritlstm.capi import aot, build
 
-pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
+    pytest.mark.timeout(600),  # a launch is many processes
+]
 IMAGES = "sm_90,fp32,H32,persistent,step"
 
 
@@ -344,3 +352,69 @@ def test_the_tests_can_fail(world: World) -> None:
     found["weight_hh_l0"][3, 4] += 1e-4
     with pytest.raises(AssertionError, match="weight_hh_l0: error"):
         assert_within_budget(found, exact, own, torch.float32)
+
+
+# -- a plain C host -----------------------------------------------------------------------------------------------
+
+
+def compile_host(folder: Path, images: str) -> Path:
+    built = build.build(folder / "lib", None, "aot", images)
+    host = folder / "cuda_host"
+    flags = ["-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror"]
+    command = ["cc", *flags, str(HOSTS / "cuda_host.c"), *built.flags(), "-ldl", "-o", str(host)]
+    subprocess.run(command, check=True)
+    return host
+
+
+def by_host(host: Path, problem: Problem, folder: Path, **environment: str) -> tuple[dict[str, np.ndarray], str]:
+    case = problem.case
+    sizes = [case.d, case.h, case.layers, case.both, case.bias, case.proj, DTYPES[case.dtype], case.steps, case.batch]
+    arrays = [*problem.weights(), problem.x, problem.h0, problem.c0, *problem.grads.values()]
+    (folder / "problem").write_bytes(
+        np.array(sizes, np.int64).tobytes() + b"".join(a.contiguous().view(torch.uint8).numpy() for a in arrays)
+    )
+    run = subprocess.run(
+        [str(host), str(folder / "problem"), str(folder / "result")], env={**os.environ, **environment}, text=True,
+        capture_output=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    result = torch.from_numpy(np.fromfile(folder / "result", np.uint8))
+    shapes = [problem.grads["o"].shape, problem.h0.shape, problem.c0.shape, problem.x.shape, problem.h0.shape,
+              problem.c0.shape, *(w.shape for w in problem.weights())]  # fmt: skip
+    found, at = {}, 0
+    for name, shape in zip(problem.names, shapes, strict=True):
+        end = at + math.prod(shape) * case.dtype.itemsize
+        found[name] = result[at:end].clone().view(case.dtype).view(shape).double().numpy()
+        at = end
+    assert at == result.numel()
+    return found, run.stdout
+
+
+def test_a_plain_c_host_gets_as_far_as_the_driver_lets_it(world: World, tmp_path: Path) -> None:
+    """The host of the test below, on the stand-in, where no launch computes anything: it runs to its end."""
+    (tmp_path / "driver").mkdir()
+    (tmp_path / "driver" / "libcuda.so.1").symlink_to(world.standin)
+    host = compile_host(tmp_path, IMAGES)
+    found, text = by_host(host, Problem(Case(proj=6)), tmp_path, LD_LIBRARY_PATH=str(tmp_path / "driver"))
+    assert "images: machine code (cubin) of sm_90" in text
+    assert "hidden size: 20 runs in kernels of 32, padded with zeros" in text
+    assert "backward: persistent, exchange flag" in text
+    assert np.isnan(found["out"]).all()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_plain_c_host_on_this_gpu(dtype: torch.dtype, tmp_path: Path) -> None:
+    family = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    word = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+    images = f"{family if family in aot.FAMILIES else 'ptx'},{word},H128,H512"
+    host = compile_host(tmp_path, images)
+    for case in (
+        Case(dtype=dtype, d=40, h=100, steps=30, batch=20, layers=2, both=True),
+        Case(dtype=dtype, d=512, h=512, steps=50, batch=16),
+        Case(dtype=dtype, d=33, h=500, steps=10, batch=40, proj=100),
+    ):
+        problem = Problem(case)
+        found, text = by_host(host, problem, tmp_path)
+        print(text)
+        assert_within_budget(found, problem.by_torch(torch.float64), problem.by_torch(dtype), dtype)

@@ -277,6 +277,32 @@ int cuCtxPopCurrent_v2(void **context)
     return 0;
 }
 
+int cuCtxSetCurrent(void *context)
+{
+    NOTE;
+    depth = 0;
+    stack[depth++] = context;
+    return 0;
+}
+
+int cuMemcpyHtoD_v2(uint64_t to, const void *from, size_t bytes)
+{
+    NOTE;
+    IN_CONTEXT;
+    if (!inside(to, bytes)) return INVALID_VALUE;
+    memcpy((void *)(uintptr_t)to, from, bytes);
+    return 0;
+}
+
+int cuMemcpyDtoH_v2(void *to, uint64_t from, size_t bytes)
+{
+    NOTE;
+    IN_CONTEXT;
+    if (!inside(from, bytes)) return INVALID_VALUE;
+    memcpy(to, (void *)(uintptr_t)from, bytes);
+    return 0;
+}
+
 int cuMemAlloc_v2(uint64_t *pointer, size_t bytes)
 {
     NOTE;
