@@ -8,11 +8,15 @@ JOBS ?= 2
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+DESTDIR ?=
+PREFIX ?= /usr/local
+ENGINE ?= aot
+IMAGES ?= none
 
 BIN = $(VENV)/bin
 export PYTHON VENV TORCH TRITON CC
 
-.PHONY: help demo test bench lint setup check-system clean
+.PHONY: help demo test bench lint setup install check-system clean
 .DEFAULT_GOAL := help
 
 help:
@@ -22,6 +26,7 @@ help:
 	@echo 'make lint    run ruff and mypy'
 	@echo 'make setup   only what all of these do first: a virtual environment with torch and this package'
 	@echo '             PYTHON=python3.12 VENV=.venv TORCH=2.13.0 TRITON=3.7.1'
+	@echo 'make install the C library          PREFIX=/usr/local DESTDIR= ENGINE=aot|python|both IMAGES=none'
 	@echo 'make clean   remove build products; the virtual environment stays'
 
 demo: setup
@@ -40,6 +45,10 @@ lint: setup
 	@cd build/typing/tritlstm && ln -s ../../../tritlstm/* ../../../kernels ../../../capi ../../../benchmarks .
 	@python="$$(cd $(BIN) && pwd)/python" && cd build/typing && \
 		"$$python" -m mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p tritlstm
+
+# The prefix can be moved, so what is built into DESTDIR is right in PREFIX.
+install: setup
+	@$(BIN)/tritlstm build-c "$(DESTDIR)$(PREFIX)" --engine $(ENGINE) --images $(IMAGES)
 
 setup:
 	@sh .ci/setup

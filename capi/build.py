@@ -3,12 +3,14 @@
 ``DIR`` becomes a prefix that can be moved as a whole. With ``--engine aot``, a library that needs no Python::
 
     DIR/include/tritlstm.h
+    DIR/include/tritlstm.hpp                    the same for C++17
     DIR/lib/libtritlstm.so
     DIR/lib/pkgconfig/tritlstm.pc
+    DIR/lib/cmake/tritlstm/                     find_package(tritlstm)
 
 With ``--engine python``, one that runs this Python environment::
 
-    DIR/include/tritlstm.h
+    DIR/include, DIR/lib/cmake                  as above
     DIR/lib/libtritlstm_python.so               the library, free of Python itself
     DIR/lib/tritlstm/python_engine.so, .conf    what it opens on first use, and where the environment is
     DIR/lib/pkgconfig/tritlstm_python.pc
@@ -42,7 +44,9 @@ DESCRIPTIONS = {
 COMMON = ("front.c", "safetensors.c")
 HOST = ("aot_engine.c", "host_engine.c", "host_walk.c", "host_kernels.c", "host_numbers.c")
 NO_IMAGES = "none"
-EXAMPLES = ("generate", "train_step")
+SOVERSION = "0"
+HEADERS = ("tritlstm.h", "tritlstm.hpp")
+EXAMPLES = {"generate": "c", "train_step": "c", "fit": "cpp", "stream": "rs"}  # and their languages
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 COMPILE = ["-std=c11", "-O2", "-fPIC", "-fvisibility=hidden", *WARNINGS]
 LINK = ["-shared", "-Wl,-z,now", "-Wl,-z,noexecstack", "-Wl,-z,nodelete", "-Wl,--as-needed"]
@@ -254,9 +258,25 @@ def _cuda_sources(folder: Path, images: str) -> list[Path]:
     return [*written, *aot.sources(folder, images)]
 
 
+def _fill_templates(built: Built, lib: Path) -> None:
+    """Writes what pkg-config and CMake read."""
+    major, minor, _ = __version__.split(".", 2)
+    values = {"NAME": built.name, "DESCRIPTION": DESCRIPTIONS[built.engine], "VERSION": __version__}
+    values |= {"MAJOR": major, "MINOR": minor, "SOVERSION": SOVERSION}
+    targets = {"tritlstm.pc.in": lib / "pkgconfig" / f"{built.name}.pc"}
+    for name in ("tritlstmConfig.cmake", "tritlstmConfigVersion.cmake"):
+        targets[f"cmake/{name}.in"] = lib / "cmake" / "tritlstm" / name
+    for template, target in targets.items():
+        text = (SOURCE / template).read_text()
+        for key, value in values.items():
+            text = text.replace(f"@{key}@", value)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text)
+
+
 def _build_library(cc: list[str], lib: Path, engine: str, images: str, cblas: str | None) -> None:
     name = f"lib{NAMES[engine]}.so"
-    soname = f"{name}.0"
+    soname = f"{name}.{SOVERSION}"
     includes = [f"-I{SOURCE / 'include'}", f"-I{SOURCE / 'src'}"]
     exports = f"-Wl,--version-script={SOURCE / 'libtritlstm.map'}"
     link = [*LINK, "-Wl,-z,defs", f"-Wl,-soname,{soname}", exports, "-o", str(lib / soname), "-pthread", "-ldl"]
@@ -307,14 +327,11 @@ def build(
         built.directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".build-", dir=built.directory) as name:
             scratch = Path(name)
-            for folder in ("include", "lib/tritlstm", "lib/pkgconfig"):
+            for folder in ("include", "lib/tritlstm"):
                 (scratch / folder).mkdir(parents=True)
-            shutil.copyfile(SOURCE / "include" / "tritlstm.h", scratch / "include" / "tritlstm.h")
-            package = (SOURCE / "tritlstm.pc.in").read_text()
-            values = {"NAME": built.name, "DESCRIPTION": DESCRIPTIONS[engine], "VERSION": __version__}
-            for key, value in values.items():
-                package = package.replace(f"@{key}@", value)
-            (scratch / f"lib/pkgconfig/{built.name}.pc").write_text(package)
+            for header in HEADERS:
+                shutil.copyfile(SOURCE / "include" / header, scratch / "include" / header)
+            _fill_templates(built, scratch / "lib")
             _build_library(command, scratch / "lib", engine, images, cblas)
             if engine == "python":
                 _build_engine(command, scratch / "lib" / "tritlstm")
@@ -328,22 +345,52 @@ def build(
     return built
 
 
+def example_compiler(name: str, cc: str | None = None) -> list[str]:
+    """The compiler of an example as a command line: for C `compiler`, for C++ ``$CXX`` or ``c++``, for Rust ``rustc``.
+
+    Raises:
+        BuildError: there is none.
+    """
+    if EXAMPLES[name] == "c":
+        return compiler(cc)
+    variable, default, what, package = {
+        "cpp": ("CXX", "c++", "C++", "g++"),
+        "rs": ("RUSTC", "rustc", "Rust", "rustc"),
+    }[EXAMPLES[name]]
+    words = shlex.split(os.environ.get(variable) or default)
+    if shutil.which(words[0]) is None:
+        raise BuildError(
+            f"no {what} compiler {words[0]!r} for the example {name}: install one (Debian and Ubuntu: apt install "
+            f"{package}) or name it in ${variable}"
+        )
+    return words
+
+
 def build_example(name: str, built: Built, output: str | Path, cc: str | None = None) -> Path:
-    """Compiles ``examples/NAME.c`` against a built library into the program ``output``.
+    """Compiles the example `name` against a built library into the program ``output``.
 
     Raises:
         ValueError: no example has that name.
-        BuildError: compiling failed.
+        BuildError: its compiler is missing, or compiling failed.
     """
     if name not in EXAMPLES:
         raise ValueError(f"no example {name!r}: one of {', '.join(EXAMPLES)}")
-    sources = [str(SOURCE / "examples" / f"{name}.c")]
-    if name == "generate":
-        sources.append(str(SOURCE / "src" / "safetensors.c"))
+    language = EXAMPLES[name]
+    words = example_compiler(name, cc)
+    sources = [str(SOURCE / "examples" / f"{name}.{language}")]
     target = Path(output)
     target.parent.mkdir(parents=True, exist_ok=True)
-    compile_ = [*compiler(cc), "-std=c11", "-O2", *WARNINGS, f"-I{SOURCE / 'src'}", *sources]
-    _run([*compile_, *built.flags(), "-lm", "-o", str(target)], f"compiling the example {name}")
+    if language == "rs":
+        lib = built.library.parent
+        link = ["-L", str(lib), "-l", built.name, "-C", f"link-arg=-Wl,-rpath,{lib}"]
+        command = [*words, "-O", "-D", "warnings", *sources, *link, "-o", str(target)]
+    else:
+        standard = "-std=c11" if language == "c" else "-std=c++17"
+        if name == "generate":
+            sources.append(str(SOURCE / "src" / "safetensors.c"))
+        compile_ = [*words, standard, "-O2", *WARNINGS, f"-I{SOURCE / 'src'}", *sources]
+        command = [*compile_, *built.flags(), "-lm", "-o", str(target)]
+    _run(command, f"compiling the example {name}")
     return target
 
 
@@ -372,6 +419,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--examples", action="store_true", help="compile the examples into DIR/bin as well")
 
 
+def _build_examples(built: Built, cc: str | None) -> tuple[list[Path], list[str]]:
+    """The programs, and for each example whose language has no compiler here the reason."""
+    programs, left_out = [], []
+    for name in EXAMPLES:
+        try:
+            example_compiler(name, cc)
+        except BuildError as error:
+            left_out.append(str(error))
+            continue
+        programs.append(build_example(name, built, built.directory / "bin" / name, cc))
+    return programs, left_out
+
+
 def run(args: argparse.Namespace) -> int:
     """Runs ``tritlstm build-c``; returns the exit status."""
     engines = list(NAMES) if args.engine == "both" else [args.engine]
@@ -383,10 +443,7 @@ def run(args: argparse.Namespace) -> int:
             for engine in engines
         ]
         built = libraries[0]
-        programs = [
-            build_example(name, built, built.directory / "bin" / name, args.cc)
-            for name in (EXAMPLES if args.examples else ())
-        ]
+        programs, left_out = _build_examples(built, args.cc) if args.examples else ([], [])
     except BuildError as error:
         print(f"tritlstm build-c: {error}", file=sys.stderr)
         return 1
@@ -395,6 +452,8 @@ def run(args: argparse.Namespace) -> int:
         print(library.library, library.pkg_config, sep="\n")
     for path in programs:
         print(path)
+    for reason in left_out:
+        print(f"left out: {reason}")
     if "python" in engines:
         print(f"\nlibtritlstm_python runs the environment of {_interpreter()}.")
     print("\nTo compile a host:\n")

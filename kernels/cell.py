@@ -1,7 +1,8 @@
 """The LSTM cell's algebra and its derivative, in fp32, element by element.
 
 Both recurrent kernels call these and nothing else does the arithmetic again. Gate order is i, f, g, o.
-Source: Hochreiter & Schmidhuber (1997) with the forget gate of Gers et al. (2000), as in ``torch.nn.LSTM``.
+Source: Hochreiter & Schmidhuber (1997) with the forget gate of Gers et al. (2000), as in ``torch.nn.LSTM``. What a
+variant changes (``tritlstm.reference.Variant`` has its equations) are compile-time branches: off, they leave no trace.
 
 ``EXACT`` is for results that are kept in fp32: an exponential with its argument reduced, correctly rounded
 division, and a ``tanh`` without cancellation; the short forms err by a few 1e-7 of 1, more for large arguments.
@@ -77,26 +78,124 @@ def tanh(x, EXACT: tl.constexpr, AMD: tl.constexpr):
 
 
 @triton.jit
-def forward(pre_i, pre_f, pre_g, pre_o, c_previous, EXACT: tl.constexpr, AMD: tl.constexpr):
-    """Pre-activations and the previous cell state to ``(i, f, g, o, c, h)``, all of one shape, fp32."""
-    i = sigmoid(pre_i, EXACT, AMD)
-    f = sigmoid(pre_f, EXACT, AMD)
-    g = tanh(pre_g, EXACT, AMD)
-    o = sigmoid(pre_o, EXACT, AMD)
-    c = f * c_previous + i * g
-    return i, f, g, o, c, o * tanh(c, EXACT, AMD)
+def activation(x, KIND: tl.constexpr, EXACT: tl.constexpr, AMD: tl.constexpr):
+    """``KIND`` is a place in ``tritlstm.cell_options.ACTIVATIONS``."""
+    if KIND == 0:
+        y = sigmoid(x, EXACT, AMD)
+    elif KIND == 1:
+        y = tanh(x, EXACT, AMD)
+    elif KIND == 2:
+        y = tl.maximum(x, 0.0)
+    elif KIND == 3:
+        y = tl.minimum(tl.maximum(0.2 * x + 0.5, 0.0), 1.0)
+    elif KIND == 4:
+        y = x / (1.0 + tl.abs(x))
+    elif KIND == 5:
+        y = tl.maximum(x, 0.0) + tl.log(1.0 + _exp(-tl.abs(x), EXACT, AMD))
+    elif KIND == 6:
+        y = tl.where(x > 0, x, 0.01 * x)
+    else:
+        y = tl.where(x > 0, x, _exp(tl.minimum(x, 0.0), EXACT, AMD) - 1.0)
+    return y
 
 
 @triton.jit
-def backward(dh, dc, i, f, g, o, c, c_previous, EXACT: tl.constexpr, AMD: tl.constexpr):
+def through(d, y, KIND: tl.constexpr, EXACT: tl.constexpr, AMD: tl.constexpr):
+    """``d`` times the derivative of :func:`activation`, from its value ``y``."""
+    if KIND == 0:
+        d = d * y * (1.0 - y)
+    elif KIND == 1:
+        d = d * (1.0 - y * y)
+    elif KIND == 2:
+        d = tl.where(y > 0, d, 0.0)
+    elif KIND == 3:
+        d = tl.where((y > 0) & (y < 1), 0.2 * d, 0.0)
+    elif KIND == 4:
+        d = d * (1.0 - tl.abs(y)) * (1.0 - tl.abs(y))
+    elif KIND == 5:
+        d = d * (1.0 - _exp(-y, EXACT, AMD))
+    elif KIND == 6:
+        d = tl.where(y > 0, d, 0.01 * d)
+    else:
+        d = tl.where(y > 0, d, d * (y + 1.0))
+    return d
+
+
+@triton.jit
+def candidate(i, f, g, c_previous, CLIP: tl.constexpr):
+    """The cell state before zoneout."""
+    c = f * c_previous + i * g
+    if CLIP is not None:
+        c = tl.minimum(tl.maximum(c, -CLIP), CLIP)
+    return c
+
+
+@triton.jit
+def peephole_weights(peephole_ptr, unit, H: tl.constexpr):
+    """Those of i, f and o, ``[1, BLOCK_H, 1]`` each, fp32."""
+    known = unit < H
+    p_i = tl.load(peephole_ptr + unit, mask=known, other=0.0).to(tl.float32)
+    p_f = tl.load(peephole_ptr + H + unit, mask=known, other=0.0).to(tl.float32)
+    p_o = tl.load(peephole_ptr + 2 * H + unit, mask=known, other=0.0).to(tl.float32)
+    return p_i, p_f, p_o
+
+
+@triton.jit
+def forward(
+    pre_i, pre_f, pre_g, pre_o, c_previous, EXACT: tl.constexpr, AMD: tl.constexpr, peephole=None,
+    COUPLED: tl.constexpr = False, CLIP: tl.constexpr = None, GATE: tl.constexpr = 0, NODE: tl.constexpr = 1,
+    SHOWN: tl.constexpr = 1,
+):  # fmt: skip
+    """Pre-activations and the previous cell state to ``(i, f, g, o, c, h)``, all of one shape, fp32.
+
+    ``peephole`` is None or the weights of i, f and o. ``GATE``, ``NODE`` and ``SHOWN`` are the activations.
+    """
+    if peephole is not None:
+        pre_i += peephole[0] * c_previous
+        pre_f += peephole[1] * c_previous
+    i = activation(pre_i, GATE, EXACT, AMD)
+    if COUPLED:
+        f = 1.0 - i
+    else:
+        f = activation(pre_f, GATE, EXACT, AMD)
+    g = activation(pre_g, NODE, EXACT, AMD)
+    if peephole is None:
+        o = activation(pre_o, GATE, EXACT, AMD)
+        c = candidate(i, f, g, c_previous, CLIP)
+    else:
+        c = candidate(i, f, g, c_previous, CLIP)
+        o = activation(pre_o + peephole[2] * c, GATE, EXACT, AMD)
+    return i, f, g, o, c, o * activation(c, SHOWN, EXACT, AMD)
+
+
+@triton.jit
+def backward(
+    dh, dc, i, f, g, o, c, c_previous, EXACT: tl.constexpr, AMD: tl.constexpr, peephole=None,
+    COUPLED: tl.constexpr = False, CLIP: tl.constexpr = None, GATE: tl.constexpr = 0, NODE: tl.constexpr = 1,
+    SHOWN: tl.constexpr = 1,
+):  # fmt: skip
     """Gradients of h and of the next step's cell input to those of the pre-activations.
 
-    Returns ``(d_pre_i, d_pre_f, d_pre_g, d_pre_o, dc_previous)``, fp32.
+    ``c`` is the cell state before zoneout, ``dh`` and ``dc`` the gradients without what zoneout passes by. Returns
+    ``(d_pre_i, d_pre_f, d_pre_g, d_pre_o, dc_previous)``, fp32.
     """
-    tanh_c = tanh(c, EXACT, AMD)
-    dc = dc + dh * o * (1.0 - tanh_c * tanh_c)
-    d_pre_i = dc * g * i * (1.0 - i)
-    d_pre_f = dc * c_previous * f * (1.0 - f)
-    d_pre_g = dc * i * (1.0 - g * g)
-    d_pre_o = dh * tanh_c * o * (1.0 - o)
-    return d_pre_i, d_pre_f, d_pre_g, d_pre_o, dc * f
+    shown = activation(c, SHOWN, EXACT, AMD)
+    dc = dc + through(dh * o, shown, SHOWN, EXACT, AMD)
+    if peephole is not None:
+        d_pre_o = through(dh * shown, o, GATE, EXACT, AMD)
+        dc += d_pre_o * peephole[2]
+    if CLIP is not None:
+        dc = tl.where(tl.abs(c) < CLIP, dc, 0.0)
+    if COUPLED:
+        d_pre_i = through(dc * (g - c_previous), i, GATE, EXACT, AMD)
+        d_pre_f = d_pre_i * 0.0
+    else:
+        d_pre_i = through(dc * g, i, GATE, EXACT, AMD)
+        d_pre_f = through(dc * c_previous, f, GATE, EXACT, AMD)
+    d_pre_g = through(dc * i, g, NODE, EXACT, AMD)
+    if peephole is None:
+        d_pre_o = through(dh * shown, o, GATE, EXACT, AMD)
+    dc_previous = dc * f
+    if peephole is not None:
+        dc_previous += d_pre_i * peephole[0] + d_pre_f * peephole[1]
+    return d_pre_i, d_pre_f, d_pre_g, d_pre_o, dc_previous

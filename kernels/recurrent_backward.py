@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from . import cell, exchange, layout
+from . import cell, exchange, layout, random_bits
 
 
 @triton.jit
@@ -105,6 +105,19 @@ def recurrent_backward(
     SINGLE: tl.constexpr,
     WARPS: tl.constexpr,
     PRECISION: tl.constexpr,
+    # Off by default, and then without a trace in the compiled kernel:
+    cuts_ptr=None,  # [T, B] int32: whether the state was zeroed before the step
+    peephole_ptr=None,  # [3, H]: of i, f, o
+    h_scale_ptr=None,  # [B, H]: times h on its way into the product
+    noise_ptr=None,  # [3] int64, of zoneout
+    grad_h_ptr=None,  # [B, H] fp32, out: what zoneout passes by of the gradient of h0; a carry as grad_c_ptr
+    COUPLED: tl.constexpr = False,
+    CLIP: tl.constexpr = None,
+    ZONEOUT_H: tl.constexpr = 0.0,
+    ZONEOUT_C: tl.constexpr = 0.0,
+    GATE: tl.constexpr = 0,
+    NODE: tl.constexpr = 1,
+    SHOWN: tl.constexpr = 1,
 ):
     ROWS: tl.constexpr = PARTS * BLOCK_H
     DEPTH: tl.constexpr = 4 * HX // PARTS  # of K, a part
@@ -124,6 +137,9 @@ def recurrent_backward(
     gate = tl.arange(0, 4)[None, None, None, :]
     grad_gates_words = grad_gates_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
     gates_words = gates_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+    peephole = None
+    if peephole_ptr is not None:
+        peephole = cell.peephole_weights(peephole_ptr, unit_of_cell, H)
 
     weights = ()
     if SINGLE:
@@ -180,6 +196,12 @@ def recurrent_backward(
             dc = tl.zeros((BLOCK_B // 8, BLOCK_H, 8), tl.float32)
             if grad_c_n_ptr is not None:
                 dc = tl.load(grad_c_n_ptr + state, mask=inside, other=0.0).to(tl.float32)
+        if h_scale_ptr is not None:
+            h_scale = tl.load(h_scale_ptr + state, mask=inside, other=0.0).to(tl.float32)
+        if ZONEOUT_H > 0:
+            kept_h = tl.zeros((BLOCK_B // 8, BLOCK_H, 8), tl.float32)
+            if step_begin > 0:
+                kept_h = tl.load(grad_h_ptr + state, mask=inside, other=0.0)
 
         own_i = tl.zeros((BLOCK_B // 8, BLOCK_H, 8), dtype)
         own_f = own_i
@@ -201,6 +223,11 @@ def recurrent_backward(
                 cells_ptr + earlier_row * HX + unit_of_cell, mask=stored & (starts == 0), other=0.0
             )
             c_earlier = tl.where(starts, c0, c_earlier)
+            if cuts_ptr is not None:
+                cut = tl.load(cuts_ptr + row, mask=in_batch, other=0) != 0
+                later_row = t_later.to(tl.int64) * B + b_of_cell
+                cut_later = tl.load(cuts_ptr + later_row, mask=in_batch & (step > 0), other=0) != 0
+                c_earlier = tl.where(cut, 0.0, c_earlier)
             dh = tl.where(t == last, grad_h_n, 0.0)
             if grad_out_ptr is not None:
                 out_row = t.to(tl.int64) * grad_out_stride_t + b_of_cell.to(tl.int64) * grad_out_stride_b
@@ -212,7 +239,7 @@ def recurrent_backward(
                 acc = tl.dot(weights[1], layout.matrix(own_f, BLOCK_H, BLOCK_B), acc, input_precision=PRECISION)
                 acc = tl.dot(weights[2], layout.matrix(own_g, BLOCK_H, BLOCK_B), acc, input_precision=PRECISION)
                 acc = tl.dot(weights[3], layout.matrix(own_o, BLOCK_H, BLOCK_B), acc, input_precision=PRECISION)
-                dh += layout.cells_of_sum(acc, BLOCK_H, BLOCK_B)
+                from_later = layout.cells_of_sum(acc, BLOCK_H, BLOCK_B)
             else:
                 alive = exchange.await_count(counter, n_blocks * step, alive, status_ptr, step, spin_limit, PROTOCOL)
                 # In the first step nobody has a gradient to pass on: what is read instead is not used.
@@ -255,12 +282,33 @@ def recurrent_backward(
                     from_later = _sum(parts, PARTS)
                 else:
                     from_later = layout.cells(acc, BLOCK_H, BLOCK_B)
-                dh += tl.where(first_step, 0.0, from_later)
+                from_later = tl.where(first_step, 0.0, from_later)
+            if h_scale_ptr is not None:
+                from_later = from_later * h_scale
+            if ZONEOUT_H > 0:
+                from_later += kept_h
+            if cuts_ptr is not None:
+                from_later = tl.where(cut_later, 0.0, from_later)
+            dh += from_later
 
             i, f, g, o = layout.split_gates(tl.reshape(gates, (BLOCK_B // 8, BLOCK_H, 8, 2, 2)))
+            i, f, g, o = i.to(tl.float32), f.to(tl.float32), g.to(tl.float32), o.to(tl.float32)
+            dc_new = dc
+            if ZONEOUT_H > 0 or ZONEOUT_C > 0:
+                keep_h, keep_c = random_bits.zones(noise_ptr, row * H + unit_of_cell, ZONEOUT_H, ZONEOUT_C)
+                if ZONEOUT_H > 0:
+                    kept_h = tl.where(t < length, keep_h * dh, kept_h)
+                    dh = (1.0 - keep_h) * dh
+                if ZONEOUT_C > 0:
+                    c = cell.candidate(i, f, g, c_earlier, CLIP)
+                    dc_new = (1.0 - keep_c) * dc
             di, df, dg, do, dc_earlier = cell.backward(
-                dh, dc, i.to(tl.float32), f.to(tl.float32), g.to(tl.float32), o.to(tl.float32), c, c_earlier, EXACT, AMD
+                dh, dc_new, i, f, g, o, c, c_earlier, EXACT, AMD, peephole, COUPLED, CLIP, GATE, NODE, SHOWN
             )
+            if ZONEOUT_C > 0:
+                dc_earlier += keep_c * dc
+            if cuts_ptr is not None:
+                dc_earlier = tl.where(cut, 0.0, dc_earlier)
             active = (t < length) & inside
             if PROTOCOL == exchange.COUNTER:
                 lost = tl.where(alive > 0, 0.0, float("nan"))
@@ -283,3 +331,5 @@ def recurrent_backward(
             exchange.announce(counter, alive, PROTOCOL)
 
         tl.store(grad_c_ptr + state, dc, mask=inside)
+        if ZONEOUT_H > 0:
+            tl.store(grad_h_ptr + state, kept_h, mask=inside)

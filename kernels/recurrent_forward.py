@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from . import cell, exchange, layout
+from . import cell, exchange, layout, random_bits
 
 
 @triton.jit
@@ -80,6 +80,20 @@ def recurrent_forward(
     SEPARATE_OUT: tl.constexpr,
     WARPS: tl.constexpr,
     PRECISION: tl.constexpr,
+    # Off by default, and then without a trace in the compiled kernel:
+    cuts_ptr=None,  # [T, B] int32: whether the state is zeroed before the step
+    entry_ptr=None,  # [B + 1, HX]: h0 as the product reads it, and a row of zeros; None: h0_ptr
+    peephole_ptr=None,  # [3, H]: of i, f, o
+    h_scale_ptr=None,  # [B, H]: times h on its way into the product
+    noise_ptr=None,  # [3] int64, of zoneout
+    KEEP_GATES: tl.constexpr = True,  # write the activated gates, if SAVE
+    COUPLED: tl.constexpr = False,
+    CLIP: tl.constexpr = None,
+    ZONEOUT_H: tl.constexpr = 0.0,
+    ZONEOUT_C: tl.constexpr = 0.0,
+    GATE: tl.constexpr = 0,
+    NODE: tl.constexpr = 1,
+    SHOWN: tl.constexpr = 1,
 ):
     N_CHUNKS: tl.constexpr = (HX + BLOCK_K - 1) // BLOCK_K
     dtype: tl.constexpr = exchange_ptr.dtype.element_ty
@@ -94,7 +108,13 @@ def recurrent_forward(
     pair_of_cell = layout.unit_of_cells(unit_begin // 2, BLOCK_H // 2)
     gate = tl.arange(0, 4)[None, None, None, :]
     exchange_words = exchange_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
-    h0_words = h0_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+    if entry_ptr is None:
+        h0_words = h0_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+    else:
+        h0_words = entry_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+    peephole = None
+    if peephole_ptr is not None:
+        peephole = cell.peephole_weights(peephole_ptr, unit_of_cell, H)
 
     weights = ()
     if SINGLE:
@@ -130,6 +150,8 @@ def recurrent_forward(
         else:
             h = tl.load(h_n_ptr + state, mask=inside, other=0.0).to(tl.float32)
             c = tl.load(c_n_ptr + state, mask=inside, other=0.0).to(tl.float32)
+        if h_scale_ptr is not None:
+            h_scale = tl.load(h_scale_ptr + state, mask=inside, other=0.0).to(tl.float32)
 
         # t = t_begin + direction * step
         direction = 1 - 2 * reverse
@@ -142,8 +164,15 @@ def recurrent_forward(
             t_previous = t - direction
             row = t.to(tl.int64) * B + b_of_cell
             acc = tl.zeros((4 * BLOCK_H, BLOCK_B), tl.float32)
+            if cuts_ptr is not None:
+                cut = tl.load(cuts_ptr + row, mask=in_batch, other=0) != 0
+                h = tl.where(cut, 0.0, h)
+                c = tl.where(cut, 0.0, c)
             if SINGLE:
-                acc = tl.dot(weights[0], layout.matrix(h.to(dtype), BLOCK_H, BLOCK_B), acc, input_precision=PRECISION)
+                own = h.to(dtype)
+                if h_scale_ptr is not None:
+                    own = (own.to(tl.float32) * h_scale).to(dtype)
+                acc = tl.dot(weights[0], layout.matrix(own, BLOCK_H, BLOCK_B), acc, input_precision=PRECISION)
             else:
                 alive = exchange.await_count(counter, n_blocks * step, alive, status_ptr, step, spin_limit, PROTOCOL)
                 previous_rows = exchange_words + (t_previous.to(tl.int64) * B + b) * (HX // WORD)
@@ -151,7 +180,12 @@ def recurrent_forward(
                 fresh = tl.zeros((BLOCK_B,), tl.int1) | (step == 0)
                 if lengths_ptr is not None:
                     fresh = fresh | (t_previous >= length)
-                state_words = tl.multiple_of(tl.where(fresh, h0_rows, previous_rows), 16)
+                entering = tl.where(fresh, h0_rows, previous_rows)
+                if cuts_ptr is not None:
+                    cut_rows = tl.load(cuts_ptr + t.to(tl.int64) * B + b) != 0
+                    fresh = fresh | cut_rows
+                    entering = tl.where(cut_rows, h0_words + B.to(tl.int64) * (HX // WORD), entering)
+                state_words = tl.multiple_of(entering, 16)
                 waiting = fresh == 0
                 for first in tl.static_range(0, RESIDENT, POLL):
                     acc = _multiply(
@@ -182,8 +216,15 @@ def recurrent_forward(
             r_i, r_f, r_g, r_o = layout.cells_of_product(acc, BLOCK_H, BLOCK_B)
             i, f, g, o, c_new, h_new = cell.forward(
                 r_i + p_i.to(tl.float32), r_f + p_f.to(tl.float32), r_g + p_g.to(tl.float32), r_o + p_o.to(tl.float32),
-                c, EXACT, AMD,
+                c, EXACT, AMD, peephole, COUPLED, CLIP, GATE, NODE, SHOWN,
             )  # fmt: skip
+            if ZONEOUT_H > 0 or ZONEOUT_C > 0:
+                keep_h, keep_c = random_bits.zones(noise_ptr, row * H + unit_of_cell, ZONEOUT_H, ZONEOUT_C)
+                if ZONEOUT_H > 0:
+                    # The h of the step before as everyone has it: rounded.
+                    h_new = keep_h * h.to(dtype).to(tl.float32) + (1.0 - keep_h) * h_new
+                if ZONEOUT_C > 0:
+                    c_new = keep_c * c + (1.0 - keep_c) * c_new
             if PROTOCOL == exchange.COUNTER:
                 c_new = tl.where(alive > 0, c_new, float("nan"))
                 h_new = tl.where(alive > 0, h_new, float("nan"))
@@ -201,18 +242,22 @@ def recurrent_forward(
 
             if not SINGLE:
                 words_at = exchange_words + row * (HX // WORD)
+                sent = result
+                if h_scale_ptr is not None:
+                    sent = (result.to(tl.float32) * h_scale).to(dtype)
                 if WORD == 2:
-                    low, high = layout.pairs(result, BLOCK_H, BLOCK_B)
+                    low, high = layout.pairs(sent, BLOCK_H, BLOCK_B)
                     exchange.publish(words_at + pair_of_cell, (exchange.pack_words(low, high),), stored_pairs, AMD)
                 else:
-                    exchange.publish(words_at + unit_of_cell, (result.to(tl.int32, bitcast=True),), stored, AMD)
+                    exchange.publish(words_at + unit_of_cell, (sent.to(tl.int32, bitcast=True),), stored, AMD)
                 exchange.announce(counter, alive, PROTOCOL)
             if SINGLE or SEPARATE_OUT:
                 tl.store(out_ptr + row * H + unit_of_cell, result, mask=inside)
             if SAVE:
-                at = gates_ptr + tl.expand_dims(row * (4 * HX) + unit_of_cell * 4, 3) + gate
-                activated = layout.join_gates(i.to(dtype), f.to(dtype), g.to(dtype), o.to(dtype))
-                tl.store(at, activated, mask=in_gates)
+                if KEEP_GATES:
+                    at = gates_ptr + tl.expand_dims(row * (4 * HX) + unit_of_cell * 4, 3) + gate
+                    activated = layout.join_gates(i.to(dtype), f.to(dtype), g.to(dtype), o.to(dtype))
+                    tl.store(at, activated, mask=in_gates)
                 tl.store(cells_ptr + row * HX + unit_of_cell, c, mask=stored)
 
         tl.store(h_n_ptr + state, h, mask=inside)

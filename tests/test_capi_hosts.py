@@ -44,6 +44,17 @@ def built(tmp_path_factory) -> build.Built:
 
 
 @pytest.fixture(scope="module")
+def built_aot(tmp_path_factory) -> build.Built:
+    return build.build(tmp_path_factory.mktemp("prefix"), engine="aot")
+
+
+@pytest.fixture(scope="module", params=list(build.NAMES))
+def either(request) -> build.Built:
+    """The library of each engine in turn."""
+    return request.getfixturevalue("built_aot" if request.param == "aot" else "built")
+
+
+@pytest.fixture(scope="module")
 def probe(built, tmp_path_factory) -> Path:
     program = tmp_path_factory.mktemp("hosts") / "probe"
     include = f"-I{built.header.parent}"
@@ -64,21 +75,34 @@ int main(void)
         || tritlstm_version() != TRITLSTM_VERSION;
 }
 """
-LANGUAGES = [("gcc", f"c{year}") for year in ("89", "99", "11", "17", "2x")]
-LANGUAGES += [("g++", f"c++{year}") for year in ("98", "11", "17", "20")]
+NAMES_C = ("c89", "iso9899:199409", "c99", "c11", "c17", "c2x", "c23", "gnu89", "gnu17", "gnu2x")
+NAMES_CPP = ("c++98", "c++03", "c++11", "c++14", "c++17", "c++20", "c++2b", "c++23", "c++26", "gnu++98", "gnu++20")
+LANGUAGES = [(name, standard) for name in ("gcc", "clang") for standard in NAMES_C]
+LANGUAGES += [(name, standard) for name in ("g++", "clang++") for standard in NAMES_CPP]
+
+
+def installed(name: str) -> str | None:
+    """A compiler's command: Debian's clang has its version in its name."""
+    words = (name, f"{name}-14", f"{name}-16", f"{name}-19")
+    return next((found for word in words if (found := shutil.which(word))), None)
 
 
 @pytest.mark.parametrize(("compiler", "standard"), LANGUAGES)
-def test_the_header_compiles_and_links(built, tmp_path, compiler, standard):
-    if shutil.which(compiler) is None:
-        pytest.skip(f"{compiler} is not installed")
-    source = tmp_path / ("use.cpp" if compiler == "g++" else "use.c")
+def test_the_header_compiles_and_links(built_aot, tmp_path, compiler, standard):
+    command = installed(compiler)
+    if command is None:
+        pytest.skip(f"{compiler} is not installed (Debian: apt install {compiler.rstrip('+')})")
+    source = tmp_path / ("use.cpp" if "+" in standard else "use.c")
+    source.write_text("")
+    if run([command, f"-std={standard}", "-fsyntax-only", source]).returncode:
+        pytest.skip(f"{compiler} does not know -std={standard}")
     source.write_text(USE)
-    compile_(compiler, f"-std={standard}", *STRICT, source, *built.flags(), "-o", tmp_path / "use")
+    compile_(command, f"-std={standard}", *STRICT, source, *built_aot.flags(), "-o", tmp_path / "use")
     assert run([tmp_path / "use"]).returncode == 0
 
 
-def test_header_package_and_library_have_one_version(built):
+def test_header_package_and_library_have_one_version(either):
+    built = either
     major, minor, patch = tritlstm.__version__.split(".")
     for name, number in (("MAJOR", major), ("MINOR", minor), ("PATCH", patch)):
         assert re.search(rf"^#define TRITLSTM_VERSION_{name} {number}$", built.header.read_text(), re.M)
@@ -107,46 +131,122 @@ def dynamic(library: Path, key: str) -> list[str]:
     return re.findall(rf"\({key}\)[^\[]*\[([^\]]+)\]", done.stdout)
 
 
-def test_only_the_functions_of_the_header_are_exported(built):
+def test_only_the_functions_of_the_header_are_exported(either):
     declared = set(re.findall(r"\b(tritlstm_\w+)\(", build.declarations()))
     assert len(declared) == 27
     assert (
-        exported(built.library) - {"tritlstm_0"} == declared
+        exported(either.library) - {"tritlstm_0"} == declared
     )  # the other is the name of the symbols' version
+
+
+def test_the_symbols_and_their_versions_are_the_committed_ones(either):
+    """A symbol that changes its version or goes away breaks hosts that are built already."""
+    done = run(["nm", "-D", "--defined-only", either.library])
+    found = sorted(" ".join(line.split()[1:]) for line in done.stdout.splitlines())
+    committed = (HOSTS.parent / "data/libtritlstm.symbols").read_text().splitlines()
+    assert found == committed
+
+
+def test_the_python_engine_exports_its_start_alone(built):
     assert exported(built.directory / "lib/tritlstm/python_engine.so") == {"tritlstm_python_start"}
 
 
-def test_the_library_needs_libc_alone_and_knows_no_path(built):
-    assert dynamic(built.library, "SONAME") == ["libtritlstm_python.so.0"]
-    engine = built.directory / "lib/tritlstm/python_engine.so"
-    for library in (built.library, engine):
+def test_the_library_needs_libc_alone_and_knows_no_path(either):
+    assert dynamic(either.library, "SONAME") == [f"lib{either.name}.so.0"]
+    engine = [either.directory / "lib/tritlstm/python_engine.so"] if either.engine == "python" else []
+    for library in (either.library, *engine):
         assert {name.split(".")[0] for name in dynamic(library, "NEEDED")} <= {
             "libc",
+            "libm",
             "ld-linux-x86-64",
             "ld-linux-aarch64",
         }
         assert not dynamic(library, "RPATH")
         assert not dynamic(library, "RUNPATH")
         content = library.read_bytes()
-        for path in (built.directory, build.SOURCE, sys.prefix):
+        for path in (either.directory, build.SOURCE, sys.prefix):
             assert str(path).encode() not in content
 
 
-def test_a_moved_prefix_works_through_pkg_config(built, tmp_path):
+def test_a_moved_prefix_works_through_pkg_config(either, tmp_path):
     if shutil.which("pkg-config") is None:
-        pytest.skip("pkg-config is not installed")
+        pytest.skip("pkg-config is not installed (Debian: apt install pkg-config)")
     prefix = tmp_path / "moved"
-    shutil.copytree(built.directory, prefix, symlinks=True)
+    shutil.copytree(either.directory, prefix, symlinks=True)
     environment = {**os.environ, "PKG_CONFIG_PATH": str(prefix / "lib/pkgconfig")}
-    done = run(["pkg-config", "--cflags", "--libs", "tritlstm_python"], env=environment)
+    done = run(["pkg-config", "--cflags", "--libs", either.name], env=environment)
     flags = done.stdout.split()
     assert [os.path.realpath(flag[2:]) for flag in flags[:2]] == [f"{prefix}/include", f"{prefix}/lib"]
-    assert flags[2:] == ["-ltritlstm_python"]
+    assert flags[2:] == [f"-l{either.name}"]
+    version = run(["pkg-config", "--modversion", either.name], env=environment)
+    assert version.stdout.strip() == tritlstm.__version__
     program = tmp_path / "train_step"
     source = build.SOURCE / "examples/train_step.c"
     compile_(*build.compiler(), "-Wall", "-Wextra", "-Werror", source, *flags, "-lm", "-o", program)
     done = run([program], env={"LD_LIBRARY_PATH": str(prefix / "lib"), "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+PROJECT = """
+cmake_minimum_required(VERSION 3.16)
+project(host C CXX)
+find_package(tritlstm 0.1 REQUIRED COMPONENTS @NAME@)
+add_executable(train_step "@EXAMPLES@/train_step.c")
+target_link_libraries(train_step PRIVATE tritlstm::@NAME@ m)
+add_executable(fit "@EXAMPLES@/fit.cpp")
+target_compile_features(fit PRIVATE cxx_std_17)
+target_link_libraries(fit PRIVATE tritlstm::@NAME@)
+"""
+
+
+def cmake_project(folder: Path, prefix: Path, name: str, text: str = PROJECT) -> subprocess.CompletedProcess[str]:
+    folder.mkdir()
+    text = text.replace("@NAME@", name).replace("@EXAMPLES@", str(build.SOURCE / "examples"))
+    (folder / "CMakeLists.txt").write_text(text)
+    return run(["cmake", "-S", folder, "-B", folder / "build", f"-DCMAKE_PREFIX_PATH={prefix}"])
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed (Debian: apt install cmake)")
+def test_a_moved_prefix_works_through_cmake(either, tmp_path):
+    prefix = tmp_path / "moved away"
+    shutil.copytree(either.directory, prefix, symlinks=True)
+    done = cmake_project(tmp_path / "host", prefix, either.name)
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = run(["cmake", "--build", tmp_path / "host/build"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    for program in ("train_step", "fit"):
+        done = run([tmp_path / "host/build" / program])
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed (Debian: apt install cmake)")
+def test_cmake_refuses_what_the_prefix_lacks(built_aot, tmp_path):
+    done = cmake_project(tmp_path / "one", built_aot.directory, "tritlstm_python")
+    assert done.returncode != 0
+    assert "build it with `tritlstm build-c`" in " ".join(done.stderr.split())
+    for wrong in ("0.2", "1.0", "0.1.1"):
+        text = PROJECT.replace("tritlstm 0.1 ", f"tritlstm {wrong} ")
+        done = cmake_project(tmp_path / wrong, built_aot.directory, "tritlstm", text)
+        assert done.returncode != 0
+        assert f'requested version "{wrong}"' in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed (Debian: apt install make)")
+def test_make_install_stages_a_prefix(built_aot, tmp_path):
+    root = HOSTS.parents[1]
+    settings = [f"DESTDIR={tmp_path}/stage", "PREFIX=/opt/tritlstm", f"BIN={Path(sys.executable).parent}"]
+    done = run(["make", "-s", "-C", root, "-o", "setup", "install", *settings])
+    assert done.returncode == 0, done.stdout + done.stderr
+    prefix = tmp_path / "stage/opt/tritlstm"
+    installed_, wanted = (
+        {path.relative_to(base).as_posix() for path in base.rglob("*") if path.is_file()}
+        for base in (prefix, built_aot.directory)
+    )
+    assert installed_ == wanted
+    for path in prefix.rglob("*"):
+        if path.is_file():
+            assert str(tmp_path).encode() not in path.read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"stage"}
 
 
 def arguments(*words: str) -> argparse.Namespace:
@@ -326,6 +426,16 @@ def test_after_a_fork(built, probe, order):
     assert (done.returncode, done.stdout, done.stderr) == (0, "fork ok\n", "")
 
 
+def test_the_engine_without_python_opens_locally_forks_and_threads(built_aot, probe, answer, tmp_path):
+    """The same host as above; a child of a process that used the library on a CPU may go on using it."""
+    done = run([probe, built_aot.library, "local"], env=hostile(tmp_path), cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert float(done.stdout) == pytest.approx(float(answer), rel=1e-6)
+    for mode, said in (("threads", "threads 0 failures\n"), ("fork-first", "fork ok\n"), ("fork-free", "fork ok\n")):
+        done = run([probe, built_aot.library, mode])
+        assert (done.returncode, done.stdout, done.stderr) == (0, said, "")
+
+
 BROKEN = {
     "no interpreter": (r"^python = .*", "python = /nowhere/python", "interpreter '/nowhere/python'"),
     "no package": (r"^python = .*", f"python = {sys.base_prefix}/bin/python3", "has no usable tritlstm"),
@@ -392,9 +502,9 @@ LETTERS = sorted(set(TEXT.encode()))
 
 
 @pytest.fixture(scope="module")
-def programs(built, tmp_path_factory) -> dict[str, Path]:
+def programs(either, tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("examples")
-    return {name: build.build_example(name, built, folder / name) for name in build.EXAMPLES}
+    return {name: build.build_example(name, either, folder / name) for name in ("generate", "train_step")}
 
 
 class Character(nn.Module):
@@ -556,13 +666,86 @@ def test_train_step_checks_every_gradient(programs):
     assert "WRONG" not in done.stdout
 
 
-def test_train_step_notices_a_wrong_gradient(built, tmp_path):
+def fitted(descents: int) -> list[float]:
+    """What fit.cpp does, by torch: the loss before and after so many steps of gradient descent."""
+    torch.manual_seed(3)
+    module = nn.LSTM(1, 8, dtype=torch.float64)
+    x = 2 * torch.arange(12 * 4, dtype=torch.float64).mul(0.6180339887498949).fmod(1).view(12, 4, 1) - 1
+    losses = []
+    for _ in range(descents + 1):
+        loss = (module(x)[0][1:, :, :1] - x[:-1] / 2).square().mean()
+        losses.append(float(loss.detach()))
+        gradients = torch.autograd.grad(loss, list(module.parameters()))
+        with torch.no_grad():
+            for weight, gradient in zip(module.parameters(), gradients, strict=True):
+                weight -= 0.5 * gradient
+    return [losses[0], losses[-1]]
+
+
+def test_fit_descends_as_torch_does(either, tmp_path):
+    try:
+        build.example_compiler("fit")
+    except build.BuildError as error:
+        pytest.skip(str(error))
+    program = build.build_example("fit", either, tmp_path / "fit")
+    compile_(*build.example_compiler("fit"), "-std=c++17", *STRICT, build.SOURCE / "examples/fit.cpp",
+             *either.flags(), "-o", tmp_path / "strict")  # fmt: skip
+    done = run([program, "40"])
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+    before, after = re.search(r"^loss (\S+) before, (\S+) after 40 steps$", done.stdout, re.M).groups()
+    # Equal but for rounding: what 40 steps of a smooth function can make of it.
+    assert [float(before), float(after)] == pytest.approx(fitted(40), abs=2e-12)
+    assert f"engine: {either.engine}" in done.stdout
+    assert "refused: TRITLSTM_ERROR_ARGUMENT: hidden_size is -1, but must be at least 1" in done.stdout
+
+
+def test_stream_in_rust_gives_pytorchs_outputs(either, tmp_path):
+    try:
+        build.example_compiler("stream")
+    except build.BuildError as error:
+        pytest.skip(str(error))
+    program = build.build_example("stream", either, tmp_path / "stream")
+    torch.manual_seed(8)
+    module = nn.LSTM(3, 5, 2, proj_size=4)
+    save_file({f"m.{name}": value for name, value in module.state_dict().items()}, tmp_path / "m")
+    done = run([program, tmp_path / "m", "m.", "9"])
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    found = np.array([[float(word) for word in line.split()] for line in lines[:9]])
+    x = (torch.arange(9)[:, None] + torch.arange(3)).double().sin()
+    with torch.no_grad():
+        expected = module.double()(x)[0]
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-6)
+    assert lines[9].startswith(f"engine: {either.engine}")
+    for words, said in (
+        (["missing", "", "1"], "stream: 'missing': No such file or directory"),
+        ([tmp_path / "m", "x.", "1"], "set prefix to \"m.\""),
+        (["m"], "stream: usage: stream MODEL.safetensors PREFIX STEPS"),
+    ):
+        done = run([program, *words], cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert said in done.stderr
+
+
+def test_a_missing_compiler_of_an_example_is_named(built_aot, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "no-such-c++")
+    monkeypatch.setenv("RUSTC", "no-such-rustc")
+    words = r"no C\+\+ compiler 'no-such-c\+\+' for the example fit: .*apt install g\+\+"
+    with pytest.raises(build.BuildError, match=words):
+        build.build_example("fit", built_aot, tmp_path / "fit")
+    assert build.run(arguments(str(tmp_path / "prefix"), "--engine", "aot", "--examples")) == 0
+    said = capsys.readouterr().out
+    assert "left out: no Rust compiler 'no-such-rustc' for the example stream" in said
+    assert {path.name for path in (tmp_path / "prefix/bin").iterdir()} == {"generate", "train_step"}
+
+
+def test_train_step_notices_a_wrong_gradient(either, tmp_path):
     """The same program, linked with a backward that is a thousandth too large."""
     source = (build.SOURCE / "examples/train_step.c").read_text()
     spoilt = source.replace("    backward();\n", "    backward();\n    inputs[5].gradient[2] *= 1.001;\n")
     assert spoilt != source
     (tmp_path / "spoilt.c").write_text(spoilt)
-    compile_(*build.compiler(), tmp_path / "spoilt.c", *built.flags(), "-lm", "-o", tmp_path / "spoilt")
+    compile_(*build.compiler(), tmp_path / "spoilt.c", *either.flags(), "-lm", "-o", tmp_path / "spoilt")
     done = run([tmp_path / "spoilt"])
     assert done.returncode == 1
     assert len(re.findall(r"^bias_ih_l0 .*WRONG$", done.stdout, re.M)) == 1
@@ -570,7 +753,7 @@ def test_train_step_notices_a_wrong_gradient(built, tmp_path):
 
 
 def test_examples_have_only_their_names(built, tmp_path):
-    with pytest.raises(ValueError, match="no example 'nothing': one of generate, train_step"):
+    with pytest.raises(ValueError, match="no example 'nothing': one of generate, train_step, fit, stream"):
         build.build_example("nothing", built, tmp_path / "nothing")
 
 

@@ -104,8 +104,8 @@ class TestConstruction:
         assert message(lambda: tritlstm.LSTM(**arguments)) == message(lambda: nn.LSTM(**arguments))
 
     def test_an_unknown_argument_is_refused(self):
-        with pytest.raises(TypeError, match="peephole"):
-            tritlstm.LSTM(D, H, peephole=True)
+        with pytest.raises(TypeError, match="nonlinearity"):
+            tritlstm.LSTM(D, H, nonlinearity="relu")
 
     def test_dropout_without_a_next_layer_warns_as_torch_does(self):
         with pytest.warns(UserWarning, match="non-zero dropout expects num_layers greater than 1"):

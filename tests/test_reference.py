@@ -250,7 +250,8 @@ def test_results_are_float64(dtype):
     want = reference.forward(**{name: value.astype(np.float64) for name, value in inputs.items()})
     np.testing.assert_array_equal(trace.h, want.h)
     for record in (trace, reference.backward(trace)):
-        assert {value.dtype for value in vars(record).values()} == {np.dtype(np.float64)}
+        arrays = {name: value for name, value in vars(record).items() if name != "variant"}
+        assert {value.dtype for value in arrays.values()} == {np.dtype(np.float64)}
 
 
 def test_a_trace_outlives_its_inputs():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import tritlstm
+from tritlstm import functional
 
 
 class Tagger(nn.Module):
@@ -126,3 +127,90 @@ def test_a_swapped_model_can_be_copied_and_compiled():
     torch._dynamo.reset()
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(tokens), expected)
     assert torch.equal(copy.deepcopy(model)(tokens), expected)
+
+
+class TextRecognizer(nn.Module):
+    """A CRNN (Shi, Bai & Yao 2015): columns of a convolved picture through two bidirectional LSTMs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.picture = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d((8, 2)))
+        self.lower = nn.LSTM(4, 8, bidirectional=True)
+        self.between = nn.Linear(16, 6)
+        self.upper = nn.LSTM(6, 8, bidirectional=True)
+        self.head = nn.Linear(16, 11)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        columns = self.picture(pictures).squeeze(2).permute(2, 0, 1)
+        return self.head(self.upper(self.between(self.lower(columns)[0]))[0]).log_softmax(-1)
+
+
+class Speaker(nn.Module):
+    """After Tacotron 2 (Shen et al. 2018): a packed encoder, and a decoder of two cells with attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.encoder = nn.LSTM(6, 4, batch_first=True, bidirectional=True)
+        self.attention_cell = nn.LSTMCell(3 + 8, 7)
+        self.query = nn.Linear(7, 8)
+        self.decoder_cell = nn.LSTMCell(7 + 8, 7)
+        self.frame = nn.Linear(7, 3)
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(self.embed(tokens), lengths, True, enforce_sorted=False)
+        memory, _ = nn.utils.rnn.pad_packed_sequence(self.encoder(packed)[0], batch_first=True)
+        inside = torch.arange(tokens.size(1)) < lengths[:, None]
+        frame, context = memory.new_zeros(len(tokens), 3), memory.new_zeros(len(tokens), 8)
+        lower = upper = None
+        frames = []
+        for _ in range(4):
+            lower = self.attention_cell(torch.cat((frame, context), -1), lower)
+            scores = (memory @ self.query(lower[0])[..., None]).squeeze(-1).masked_fill(~inside, -torch.inf)
+            context = (scores.softmax(-1)[:, None] @ memory).squeeze(1)
+            upper = self.decoder_cell(torch.cat((lower[0], context), -1), upper)
+            frame = self.frame(upper[0])
+            frames.append(frame)
+        return torch.stack(frames)
+
+
+REAL = {
+    "text recognition": (TextRecognizer, lambda: (torch.randn(2, 1, 8, 20, dtype=torch.float64),)),
+    "speech": (Speaker, lambda: (torch.randint(11, (3, 7)), torch.tensor([4, 7, 2]))),
+}
+
+
+@pytest.mark.parametrize("operators", [False, True], ids=["torch", "operators"])
+@pytest.mark.parametrize(("model", "draw"), REAL.values(), ids=REAL.keys())
+def test_a_whole_model_keeps_its_values_and_its_training(model, draw, operators, monkeypatch):
+    torch.manual_seed(0)
+    before = model().double()
+    after = tritlstm.swap(copy.deepcopy(before))
+    if operators:
+        monkeypatch.setattr(functional, "runs_kernels", lambda x: True)
+    inputs = draw()
+    results = []
+    for each in (before, after):
+        optimizer = torch.optim.Adam(each.parameters(), lr=0.01)
+        losses = []
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = each(*inputs).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        results.append([*losses, *each.parameters()])
+    for a, b in zip(*results, strict=True):  # float64; Adam divides by the root of small squares
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+def test_encodec_of_transformers():
+    transformers = pytest.importorskip("transformers", reason="pip install transformers")
+    torch.manual_seed(0)
+    config = transformers.EncodecConfig(hidden_size=32, num_filters=4, codebook_dim=32)
+    model = transformers.EncodecModel(config).eval()
+    sound = torch.randn(2, 1, 3200)
+    expected = model(sound).audio_values
+    tritlstm.swap(model)
+    assert sum(type(m) is tritlstm.LSTM for m in model.modules()) == 2
+    assert torch.equal(model(sound).audio_values, expected)

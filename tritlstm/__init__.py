@@ -25,7 +25,7 @@ _HOME = {
     "lstm": "functional",
     "explain": "explanation",
 }
-_SUBMODULES = frozenset({"capi", "emulator", "functional", "kernels", "ops", "plan", "reference"})
+_SUBMODULES = frozenset({"capi", "convert", "emulator", "functional", "kernels", "ops", "plan", "reference"})
 
 # The three folders beside this one become subpackages when setuptools installs them; in a bare source tree
 # they are missing, and the first import of a kernel would fail without saying why.

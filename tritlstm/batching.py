@@ -20,6 +20,7 @@ __all__ = ["register"]
 #: The batch's dimension of every tensor that has one, arguments and results; the others are shared by the batch.
 BATCH = {
     "x": 1, "h0": 0, "c0": 0, "lengths": 0, "gate0": 0, "out": 1, "h_n": 0, "c_n": 0, "gates": 1, "cells": 1,
+    "resets": 1, "h_scale": 0,
     "grad_out": 1, "grad_h_n": 0, "grad_c_n": 0, "grad_x": 1, "grad_h0": 0, "grad_c0": 0, "grad_gate0": 0,
 }  # fmt: skip
 SHARED_GRADIENTS = ("grad_w_ih", "grad_w_hh", "grad_b")
@@ -52,7 +53,12 @@ def _rule(op: Any, count: int, in_dims: Sequence[Any], args: Sequence[Any], fold
             for name, a, dim, is_mapped in zip(names, args, in_dims, mapped, strict=True)
         ]
         return fold(op, count, dict(zip(names, folded, strict=True)))
-    rows = [  # the weights are mapped
+    return one_by_one(op, count, in_dims, args)  # the weights are mapped
+
+
+def one_by_one(op: Any, count: int, in_dims: Sequence[Any], args: Sequence[Any]) -> Results:
+    mapped = [isinstance(a, Tensor) and isinstance(dim, int) for a, dim in zip(args, in_dims, strict=True)]
+    rows = [
         op(*(a.select(dim, v) if is_mapped else a for a, dim, is_mapped in zip(args, in_dims, mapped, strict=True)))
         for v in range(count)
     ]

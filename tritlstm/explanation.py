@@ -71,8 +71,9 @@ def explain(
     *,
     training: bool | None = None,
     lengths: Lengths | None = None,
+    resets: Tensor | None = None,
 ) -> Explanation:
-    """Says which path ``module(input, hx, lengths=lengths)`` takes, without running it.
+    """Says which path ``module(input, hx, lengths=lengths, resets=resets)`` takes, without running it.
 
     Args:
         module: a :class:`tritlstm.LSTM` or :class:`tritlstm.LSTMCell`.
@@ -80,6 +81,7 @@ def explain(
         hx: as the module takes it; only whether it needs a gradient is read.
         training: whether gradients will be asked for; by default, whether autograd is on and a tensor
             needs them.
+        resets: as the module takes them; only whether they are given is read.
         lengths: as the module takes them; of a tensor, the values are read only where it is on the CPU.
 
     Returns:
@@ -98,33 +100,57 @@ def explain(
         )
     data = input.data if isinstance(input, PackedSequence) else input
     length, batch = _sizes(module, input)
-    of_lengths = () if lengths is None else (_note_lengths(module, input, lengths, length, batch),)
+    own_notes = () if lengths is None else (_note_lengths(module, input, lengths, length, batch),)
     if training is None:
         asked = (data, *(hx if isinstance(hx, tuple) else ()), *module.parameters())
         training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in asked)
     sizes = {"T": length, "B": batch, "D": module.input_size, "H": module.hidden_size}
+    changed = {} if isinstance(module, LSTMCell) else module.cell_options.changed
+    beyond = [*changed, *(["resets"] if resets is not None else [])]
+    own_notes = (*own_notes, *_note_variant(module, changed))
     dtype = data.dtype
     if torch.is_autocast_enabled(data.device.type):
         dtype = torch.get_autocast_dtype(data.device.type)
     if not data.is_cuda and not emulator.active():
+        if beyond:
+            reason = f"torch's own LSTM has no {' and no '.join(beyond)}; plain PyTorch operators do"
+            return Explanation("aten", reason, str(data.device), sizes, notes=own_notes)
         notes = (
             "compiled training and an export with a dynamic T run the layer in plain PyTorch operators instead",
             "tritlstm.emulator.emulate() runs the Triton kernels on a CPU, for tests",
         )
         reason = f"tensors on {data.device.type}: torch's own LSTM is the fast one there"
-        return Explanation("torch", reason, str(data.device), sizes, notes=(*of_lengths, *notes))
+        return Explanation("torch", reason, str(data.device), sizes, notes=(*own_notes, *notes))
     if dtype not in plan.DTYPES:
         names = ", ".join(str(kind).removeprefix("torch.") for kind in plan.DTYPES)
         reason = f"the kernels compute in {names}, not in {str(dtype).removeprefix('torch.')}"
+        if beyond:
+            reason = f"{reason}, and torch's own LSTM has no {' and no '.join(beyond)}"
+            return Explanation("aten", reason, str(data.device), sizes, notes=own_notes)
         if lengths is not None:
             reason = f"lengths run where they are, in plain PyTorch operators; {reason}"
-            return Explanation("aten", reason, str(data.device), sizes, notes=of_lengths)
+            return Explanation("aten", reason, str(data.device), sizes, notes=own_notes)
         return Explanation("torch", reason, str(data.device), sizes)
     if batch == 0:
         return Explanation("aten", "an empty batch needs no kernel", str(data.device), sizes)
+    if "layer_norm" in changed:
+        reason = "layer_norm needs a sum over all units between the product and the cell, which the kernels do not make"
+        return Explanation("aten", reason, str(data.device), sizes, notes=own_notes)
     found = _kernels(module, data.to(dtype=dtype, device="meta"), plan.device_of(data), sizes, training,
                      plan.dot_precision(torch.empty(0, dtype=dtype)))  # fmt: skip
-    return dataclasses.replace(found, notes=(*of_lengths, *found.notes))
+    return dataclasses.replace(found, notes=(*own_notes, *found.notes))
+
+
+def _note_variant(module: Any, changed: dict[str, Any]) -> tuple[str, ...]:
+    notes = []
+    if "num_heads" in changed:
+        count = changed["num_heads"]
+        notes.append(f"num_heads={count} runs as one w_hh with zeros outside the heads: {count} times their products")
+    if "recompute" in changed:
+        notes.append("recompute: backward makes the gates again, by one product over all steps")
+    if getattr(module, "hidden_sizes", None):
+        notes.append(f"hidden sizes {list(module.hidden_sizes)}, layer by layer; what is said here is of the first")
+    return tuple(notes)
 
 
 def _note_lengths(

@@ -7,8 +7,8 @@ Triton kernels run (`runs_kernels`), and torch's own fast LSTM everywhere else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,9 @@ from torch import _VF, Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import aten, ops
+from .cell_options import CellOptions
 from .ops import runs_kernels
+from .variants import Extras
 
 __all__ = ["lstm"]
 
@@ -35,6 +37,7 @@ def lstm(
     dropout: float = 0.0,
     training: bool = False,
     lengths: Lengths | None = None,
+    resets: Tensor | None = None,
 ) -> tuple[Input, States]:
     """Apply an LSTM of one or more layers to whole sequences; `torch.nn.LSTM` as a function.
 
@@ -61,6 +64,9 @@ def lstm(
             out of range raise. A tensor on another device is not read by the host, which would wait for the
             device: there values below 0 count as 0 and values above T as T; so they do where torch.compile,
             torch.export or a torch.func transform traces the call.
+        resets: bool [T, B], [B, T] with `batch_first`, [T] without a batch: the state h and c is zeroed before step t,
+            as where an episode ends. It parts steps t - 1 and t in both directions, so the outputs are those of
+            the parts run one by one from zeros; `resets[0]` replaces `hx`, but not the reverse direction's.
 
     Returns:
         The output [T, B, S R] (or in the form of the input), and (h_n [L S, B, R], c_n [L S, B, H]), all of
@@ -89,7 +95,10 @@ def lstm(
         )
     shape = _infer(weights, 2 if bidirectional else 1)
     options = Options(*shape, batch_first, float(dropout), training, bidirectional)
-    return apply(input, hx, weights, options, lengths)
+    extras = None
+    if resets is not None:
+        extras = Extras(CellOptions(), training, [{}] * options.num_layers * (2 if bidirectional else 1), resets)
+    return apply(input, hx, weights, options, lengths, extras)
 
 
 class Options(NamedTuple):
@@ -107,14 +116,19 @@ class Options(NamedTuple):
 
 
 def apply(
-    input: Input, hx: States | None, weights: list[Tensor], options: Options, lengths: Lengths | None = None
+    input: Input,
+    hx: States | None,
+    weights: list[Tensor],
+    options: Options,
+    lengths: Lengths | None = None,
+    extras: Extras | None = None,
 ) -> tuple[Input, States]:
-    """`lstm` on weights whose shapes are known to be right."""
+    """`lstm` on weights whose shapes are known to be right; `extras` are what a variant or resets add."""
     if isinstance(input, PackedSequence):
         if lengths is not None:
             raise ValueError("a PackedSequence brings its lengths with it, got lengths too; leave one of them out")
         packed = _apply_packed_untraced if torch.compiler.is_compiling() else _apply_packed
-        return packed(input, hx, weights, options)
+        return packed(input, hx, weights, options, extras)
     if input.dim() not in (2, 3):
         raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
     batch_dim = 0 if options.batch_first else 1
@@ -130,11 +144,13 @@ def apply(
     elif not batched:
         hx = (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
     _check(x, x.size(batch_dim), hx, weights, options)
+    if extras is not None:
+        extras = extras.laid_out(x, batch_dim, batched)
     if lengths is None:
-        out, h_n, c_n = _run(x, None, hx, weights, options)
+        out, h_n, c_n = _run(x, None, hx, weights, options, extras)
     elif batched:
         ends = check_lengths(lengths, x.size(1 - batch_dim), x.size(batch_dim))
-        out, h_n, c_n = _run_lengths(x, ends, hx, weights, options)
+        out, h_n, c_n = _run_lengths(x, ends, hx, weights, options, extras)
     else:
         raise ValueError(
             f"lengths go with a batch, got an input of shape {list(input.shape)} without one; "
@@ -143,6 +159,41 @@ def apply(
     if batched:
         return out, (h_n, c_n)
     return out.squeeze(batch_dim), (h_n.squeeze(1), c_n.squeeze(1))
+
+
+def apply_sizes(
+    input: Any,
+    hx: Any,
+    weights: list[Tensor],
+    options: Options,
+    sizes: Sequence[int],
+    lengths: Lengths | None = None,
+    extras: Extras | None = None,
+) -> tuple[Any, Any]:
+    """`apply` for layers of different `sizes`: one call after another. The states are lists of [S, B, H_k]."""
+    directions = 2 if options.bidirectional else 1
+    each = directions * (2 + 2 * options.bias)
+    if hx is not None and not (len(hx) == 2 and len(hx[0]) == len(hx[1]) == len(sizes)):
+        raise RuntimeError(
+            f"Expected hx to be a pair of lists with a state for each of the {len(sizes)} layers, got "
+            f"{[len(state) for state in hx]}"
+        )
+    h_n, c_n, below = [], [], options.input_size
+    for layer, size in enumerate(sizes):
+        if layer > 0 and options.dropout > 0 and options.training:
+            if isinstance(input, PackedSequence):
+                input = input._replace(data=F.dropout(input.data, options.dropout))
+            else:
+                input = F.dropout(input, options.dropout)
+        own = options._replace(input_size=below, hidden_size=size, num_layers=1, dropout=0.0)
+        first = layer * directions
+        added = extras and extras._replace(weights=extras.weights[first : first + directions], first=first)
+        states = None if hx is None else (hx[0][layer], hx[1][layer])
+        input, (h, c) = apply(input, states, weights[layer * each : (layer + 1) * each], own, lengths, added)
+        h_n.append(h)
+        c_n.append(c)
+        below = directions * size
+    return input, (h_n, c_n)
 
 
 def apply_cell(
@@ -155,14 +206,16 @@ def apply_cell(
 
 
 def _apply_packed(
-    input: PackedSequence, hx: States | None, weights: list[Tensor], options: Options
+    input: PackedSequence, hx: States | None, weights: list[Tensor], options: Options, extras: Extras | None = None
 ) -> tuple[PackedSequence, States]:
     x, batch_sizes, order, undo = input
     batch = int(batch_sizes[0])
     if hx is None:
         hx = _zero_states(x, batch, options)
     _check(x, batch, hx, weights, options, dim=2)
-    out, h_n, c_n = _run(x, batch_sizes, _permute(hx, order), weights, options)
+    if extras is not None:
+        extras = extras.packed(len(batch_sizes), batch, order)
+    out, h_n, c_n = _run(x, batch_sizes, _permute(hx, order), weights, options, extras)
     return PackedSequence(out, batch_sizes, order, undo), _permute((h_n, c_n), undo)
 
 
@@ -183,10 +236,16 @@ def _zero_states(x: Tensor, batch: int, options: Options) -> States:
 
 
 def _run(
-    x: Tensor, batch_sizes: Tensor | None, hx: States, weights: list[Tensor], options: Options
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    hx: States,
+    weights: list[Tensor],
+    options: Options,
+    extras: Extras | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if runs_operators(x) or (batch_sizes is None and _unrolls(x, options)):
-        return _run_operators(x, batch_sizes, hx, weights, options)
+    # What torch's own LSTM does not have runs in the operators everywhere.
+    if extras is not None or runs_operators(x) or (batch_sizes is None and _unrolls(x, options)):
+        return _run_operators(x, batch_sizes, hx, weights, options, extras)
     settings = (options.bias, options.num_layers, options.dropout, options.training, options.bidirectional)
     if batch_sizes is None:
         return _VF.lstm(x, hx, weights, *settings, options.batch_first)
@@ -244,13 +303,18 @@ def packs(x: Tensor) -> bool:
 
 
 def _run_lengths(
-    x: Tensor, lengths: Tensor, hx: States, weights: list[Tensor], options: Options
+    x: Tensor,
+    lengths: Tensor,
+    hx: States,
+    weights: list[Tensor],
+    options: Options,
+    extras: Extras | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch_dim = 0 if options.batch_first else 1
-    if not packs(x):
+    if extras is not None or not packs(x):
         steps = x.transpose(0, 1) if options.batch_first else x
         ends = lengths.long().clamp(0, steps.size(0)).to(x.device, torch.int32, non_blocking=True)
-        out, h_n, c_n = run_layers(steps, ends, hx, weights, options)
+        out, h_n, c_n = run_layers(steps, ends, hx, weights, options, extras)
         return out.transpose(0, 1) if options.batch_first else out, h_n, c_n
     lengths, order = lengths.cpu().long().clamp(0, x.size(1 - batch_dim)).sort(descending=True)
     count = int((lengths > 0).sum())  # packed data have no sequences of length 0: they are left out
@@ -287,21 +351,31 @@ def _compiles_training(x: Tensor) -> bool:
 
 
 def _run_operators(
-    x: Tensor, batch_sizes: Tensor | None, hx: States, weights: list[Tensor], options: Options
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    hx: States,
+    weights: list[Tensor],
+    options: Options,
+    extras: Extras | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if batch_sizes is not None:
         x, lengths = _VF._pad_packed_sequence(x, batch_sizes, False, 0.0, batch_sizes.size(0))
         on_device = lengths.to(x.device, torch.int32, non_blocking=True)
-        out, h_n, c_n = run_layers(x, on_device, hx, weights, options)
+        out, h_n, c_n = run_layers(x, on_device, hx, weights, options, extras)
         return _VF._pack_padded_sequence(out, lengths, False)[0], h_n, c_n
     if options.batch_first:
-        out, h_n, c_n = run_layers(x.transpose(0, 1), None, hx, weights, options)
+        out, h_n, c_n = run_layers(x.transpose(0, 1), None, hx, weights, options, extras)
         return out.transpose(0, 1), h_n, c_n
-    return run_layers(x, None, hx, weights, options)
+    return run_layers(x, None, hx, weights, options, extras)
 
 
 def run_layers(
-    x: Tensor, lengths: Tensor | None, hx: States, weights: list[Tensor], options: Options
+    x: Tensor,
+    lengths: Tensor | None,
+    hx: States,
+    weights: list[Tensor],
+    options: Options,
+    extras: Extras | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All layers and directions over x [T, B, D]."""
     directions = 2 if options.bidirectional else 1
@@ -317,7 +391,8 @@ def run_layers(
             b_ih, b_hh = group[2:4] if options.bias else (None, None)
             w_hr = group[-1] if options.proj_size else None
             reverse = k % directions == 1
-            out, h, c = _layer(x, w_ih, w_hh, b_ih, b_hh, w_hr, hx[0][k], hx[1][k], lengths, reverse)
+            run = ops.layer if extras is None else extras.operator(k)
+            out, h, c = _layer(x, w_ih, w_hh, b_ih, b_hh, w_hr, hx[0][k], hx[1][k], lengths, reverse, run)
             outs.append(out)
             states.append((h, c))
         x = outs[0] if directions == 1 else torch.cat(outs, -1)
@@ -336,18 +411,17 @@ def _layer(
     c0: Tensor,
     lengths: Tensor | None,
     reverse: bool,
+    run: Callable[..., ops.Results] = ops.layer,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if w_hr is None:
-        out, h_n, c_n, _, _ = ops.layer(x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse)
+        out, h_n, c_n, _, _ = run(x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse)
         return out, h_n, c_n.to(h_n.dtype)
     # The kernels know no projection, and need none. With m_t = o_t tanh(c_t) the projected state is
     # h_t = W_hr m_t, so what the gates receive from it is W_hh h_{t-1} = (W_hh W_hr) m_{t-1}: a layer without
     # projection, whose state is m. Only the first step has no m before it; there W_hh h_0 is added as it is.
     gate0 = F.linear(h0, w_hh)
     m0 = torch.zeros_like(c0, dtype=h0.dtype)
-    m, m_n, c_n, _, _ = ops.layer(
-        x, w_ih, _multiply(w_hh, w_hr), b_ih, b_hh, m0, c0, lengths, reverse, gate0=gate0
-    )
+    m, m_n, c_n, _, _ = run(x, w_ih, _multiply(w_hh, w_hr), b_ih, b_hh, m0, c0, lengths, reverse, gate0=gate0)
     h_n = F.linear(m_n, w_hr)
     if lengths is not None:  # a sequence of no steps keeps the state it came with
         h_n = torch.where((lengths == 0)[:, None], h0, h_n)

@@ -107,7 +107,9 @@ def recurrent_launch(chosen: RecurrentPlan, lengths: bool = False) -> Launch:
     names = inspect.signature(kernel_function(plan.KERNELS[chosen.direction]).fn).parameters
     fp32 = {"cells_ptr", "grad_c_ptr"} | ({"c_n_ptr"} if chosen.tier == "step" else set())
     given: dict[str, Any] = {}
-    for name in names:
+    for name, parameter in names.items():
+        if parameter.default is not inspect.Parameter.empty:
+            continue  # of a variant of the cell
         if name in {"counter_ptr", "status_ptr"} or (name == "lengths_ptr" and lengths):
             given[name] = word
         elif name == "lengths_ptr":
@@ -201,11 +203,13 @@ def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tupl
     types: dict[str, str] = {}
     constants = dict(launch.constants)
     attributes: dict[tuple[int, ...], list] = {}
-    for position, name in enumerate(kernel_function(launch.kernel).arg_names):
+    parameters = inspect.signature(kernel_function(launch.kernel).fn).parameters
+    for position, (name, parameter) in enumerate(parameters.items()):
         value = launch.arguments.get(name)
         if name in launch.constants or value is None:
             types[name] = "constexpr"
-            constants[name] = launch.constants.get(name)
+            default = None if parameter.default is inspect.Parameter.empty else parameter.default
+            constants[name] = launch.constants.get(name, default)
         elif isinstance(value, torch.Tensor):
             types[name] = "*" + TYPE_NAMES[value.dtype]
             attributes[(position,)] = [["tt.divisibility", 16]]

@@ -6,12 +6,15 @@ Arguments are trusted: :mod:`tritlstm.functional` validates them.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import emulator, plan, status
+from . import aten, emulator, plan, status
+from .cell_options import PLAIN, Cell
 from .kernels import exchange
 from .kernels.launch import Launch
 from .plan import padded
@@ -121,14 +124,18 @@ def forward(
     reverse: bool,
     save: bool,
     gate0: Tensor | None = None,
+    cell: Cell = PLAIN,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Forward of one layer and direction.
 
     ``x`` [T, B, D], ``w_ih`` [4H, D], ``w_hh`` [4H, H], biases [4H], ``h0`` and ``c0`` [B, H], ``lengths``
     int32 [B], ``gate0`` [B, 4H] added to the pre-activations of each sequence's first step. All of one dtype.
+    ``cell`` is how the cell differs from the plain one.
 
     Returns ``out`` [T, B, H], ``h_n`` and ``c_n`` [B, H] and, if ``save``, what :func:`backward` needs:
-    ``gates`` [T, B, 4 HX], the four of a unit side by side, and ``cells`` [T, B, HX] in fp32 (else empty).
+    ``gates`` [T, B, 4 HX], the four of a unit side by side (empty with ``recompute``), and ``cells`` [T, B, HX] in fp32
+    (else empty).
     """
     length, batch, _ = x.shape
     hidden = w_hh.shape[1]
@@ -136,14 +143,13 @@ def forward(
     precision = plan.dot_precision(x)
     device = plan.device_of(x)
     layout = plan.recurrent("forward", length, batch, hidden, x.dtype, device, precision, save, _overrides())
+    cuts = aten.cut_steps(cell.resets, lengths, reverse)
+    separate = width != hidden or cell.h_scale is not None
+    layout = _with_cell(layout, cell, SEPARATE_OUT=separate, KEEP_GATES=not recompute)
 
     gates = _input_products(x, w_ih, b_ih, b_hh, hidden, device, precision)
-    if gate0 is not None:
-        first = _first_rows(length, batch, lengths, reverse, x.device)
-        flat = gates.view(length * batch, 4 * width)
-        flat[first] += pack_rows(gate0.t()).t().to(flat.dtype)
+    _add_gate0(gates, gate0, cuts, lengths, reverse)
 
-    separate = width != hidden
     buffer = _exchange_buffer((length, batch, width), x, layout.protocol)
     out = torch.empty((length, batch, hidden), dtype=x.dtype, device=x.device) if separate else buffer
     cells = torch.empty((length, batch, width) if save else (0,), dtype=torch.float32, device=x.device)
@@ -169,12 +175,67 @@ def forward(
         "T": length,
         "B": batch,
         "reverse": int(reverse),
+        **_cell_arguments(cell, cuts),
+        "entry_ptr": _entry(h0, cell, width),
     }
     for begin, end in _steps(layout, length):
         _run(layout.launch({**arguments, "step_begin": begin, "step_end": end}))
     status.check(flag)
     empty = x.new_empty(0)
-    return out, h_n, c_n.to(c0.dtype), gates if save else empty, cells
+    return out, h_n, c_n.to(c0.dtype), gates if save and not recompute else empty, cells
+
+
+def _with_cell(layout: plan.RecurrentPlan, cell: Cell, **constants: Any) -> plan.RecurrentPlan:
+    """``layout`` with the constexpr parameters that ``cell`` and ``constants`` change."""
+    gate, node, shown = cell.activations
+    constants |= {
+        "COUPLED": cell.coupled,
+        "CLIP": cell.cell_clip or None,
+        "ZONEOUT_H": cell.zoneout_h,
+        "ZONEOUT_C": cell.zoneout_c,
+        "GATE": gate,
+        "NODE": node,
+        "SHOWN": shown,
+    }
+    defaults = {**layout.constants, **_CELL_DEFAULTS}
+    changed = {name: value for name, value in constants.items() if value != defaults[name]}
+    return dataclasses.replace(layout, cell=tuple(changed.items())) if changed else layout
+
+
+#: Of the kernels' constexpr parameters that belong to a variant.
+_CELL_DEFAULTS = {"KEEP_GATES": True, "COUPLED": False, "CLIP": None, "ZONEOUT_H": 0.0, "ZONEOUT_C": 0.0, "GATE": 0,
+                  "NODE": 1, "SHOWN": 1}  # fmt: skip
+
+
+def _cell_arguments(cell: Cell, cuts: Tensor | None) -> dict[str, Tensor]:
+    """The kernels' pointers that belong to a variant; what is not given stays None."""
+    given = {
+        "cuts_ptr": None if cuts is None else cuts[..., 0].to(torch.int32).contiguous(),
+        "peephole_ptr": cell.peephole,
+        "h_scale_ptr": cell.h_scale,
+        "noise_ptr": cell.noise if cell.zoneout_h or cell.zoneout_c else None,
+    }
+    return {name: value.contiguous() for name, value in given.items() if value is not None}
+
+
+def _entry(h0: Tensor, cell: Cell, width: int) -> Tensor | None:
+    """h0 as the product reads it, [B + 1, HX] with a row of zeros for states that were reset; None: h0 as it is."""
+    if cell.h_scale is None and cell.resets is None:
+        return None
+    return torch.nn.functional.pad(aten.sent_on(h0, cell), (0, width - h0.shape[1], 0, 1))
+
+
+def _add_gate0(
+    gates: Tensor, gate0: Tensor | None, cuts: Tensor | None, lengths: Tensor | None, reverse: bool
+) -> None:
+    if gate0 is None:
+        return
+    length, batch, _ = gates.shape
+    first = _first_rows(length, batch, lengths, reverse, gates.device)
+    if cuts is not None:
+        gate0 = torch.where(cuts.reshape(-1, 1)[first], 0, gate0)
+    flat = gates.view(length * batch, -1)
+    flat[first] += pack_rows(gate0.t()).t().to(flat.dtype)
 
 
 def _input_products(
@@ -219,21 +280,27 @@ def backward(
     gates: Tensor,
     cells: Tensor,
     reverse: bool,
-    needs: tuple[bool, ...] = NEEDS_ALL,
+    needs: Sequence[bool] = NEEDS_ALL,
+    cell: Cell = PLAIN,
+    rebuild: tuple[Tensor | None, Tensor | None, Tensor | None] | None = None,
 ) -> tuple[Tensor, ...]:
     """Backward of :func:`forward`, from what it saved.
 
     Returns the gradients of x, w_ih, w_hh, the bias sum [4H], h0, c0 and gate0 [B, 4H], each an empty tensor
-    where ``needs`` says so.
+    where ``needs`` says so; with an eighth flag in ``needs`` also that of ``cell.peephole``. ``rebuild``, b_ih, b_hh
+    and gate0 of the forward pass, says that ``gates`` were not saved.
     """
     length, batch, features = x.shape
     hidden = w_hh.shape[1]
-    grad_gates, grad_c0 = _recurrent_backward(
-        grad_out, grad_h_n, grad_c_n, w_hh, c0, lengths, gates, cells, reverse, x
+    cuts = aten.cut_steps(cell.resets, lengths, reverse)
+    if rebuild is not None:
+        gates = _rebuilt_gates(x, w_ih, w_hh, *rebuild, h0, c0, lengths, cuts, out, cells, reverse, cell)
+    grad_gates, grad_c0, kept_h = _recurrent_backward(
+        grad_out, grad_h_n, grad_c_n, w_hh, c0, lengths, cuts, gates, cells, reverse, x, cell
     )
     rows = grad_gates.view(length * batch, -1)
     empty = x.new_empty(0)
-    need_x, need_w_ih, need_w_hh, need_b, need_h0, need_c0, need_gate0 = needs
+    need_x, need_w_ih, need_w_hh, need_b, need_h0, need_c0, need_gate0, *need_peephole = needs
     grad_x = grad_w_ih = grad_w_hh = grad_b = grad_h0 = grad_gate0 = empty
     if need_x:
         grad_x = torch.mm(rows, pack_rows(w_ih)).view(length, batch, features)
@@ -242,16 +309,18 @@ def backward(
     if need_b:
         grad_b = unpack_rows(rows.sum(0), hidden)
     if need_w_hh or need_h0 or need_gate0:
-        first = rows[_first_rows(length, batch, lengths, reverse, x.device)]
+        first_rows = _first_rows(length, batch, lengths, reverse, x.device)
+        first = rows[first_rows]
+        # Into a first step that begins with a reset, neither h0 nor gate0 has entered.
+        entered = first if cuts is None else torch.where(cuts.reshape(-1, 1)[first_rows], 0, first)
         if need_w_hh:
-            grad_w_hh = unpack_rows(_recurrent_weight_gradient(rows, first, out, h0, reverse), hidden)
+            sent, sent0 = _sent(out, h0, cuts, reverse, cell)
+            grad_w_hh = unpack_rows(_recurrent_weight_gradient(rows, entered, sent, sent0, reverse), hidden)
         if need_h0:
-            grad_h0 = torch.mm(first, pack_rows(w_hh))
-            if lengths is not None and grad_h_n is not None:
-                grad_h0 = torch.where((lengths == 0)[:, None], grad_h_n, grad_h0)
+            grad_h0 = _grad_h0(entered, grad_h_n, w_hh, lengths, cell, kept_h, cuts, first_rows)
         if need_gate0:
-            grad_gate0 = unpack_rows(first.t(), hidden).t().contiguous()
-    return (
+            grad_gate0 = unpack_rows(entered.t(), hidden).t().contiguous()
+    results = (
         grad_x,
         grad_w_ih,
         grad_w_hh,
@@ -260,6 +329,103 @@ def backward(
         grad_c0.to(c0.dtype) if need_c0 else empty,
         grad_gate0,
     )
+    if not need_peephole:
+        return results
+    if not need_peephole[0]:
+        return *results, empty
+    return *results, _grad_peephole(grad_gates, gates, cells, out, h0, c0, lengths, cuts, reverse, cell)
+
+
+def _grad_h0(
+    entered: Tensor,
+    grad_h_n: Tensor | None,
+    w_hh: Tensor,
+    lengths: Tensor | None,
+    cell: Cell,
+    kept_h: Tensor | None,
+    cuts: Tensor | None,
+    first_rows: Tensor,
+) -> Tensor:
+    grad = torch.mm(entered, pack_rows(w_hh))
+    if cell.h_scale is not None:
+        grad = (grad * cell.h_scale).to(grad.dtype)
+    if kept_h is not None:
+        if cuts is not None:
+            kept_h = torch.where(cuts.reshape(-1, 1)[first_rows], 0, kept_h)
+        grad = (grad + kept_h).to(grad.dtype)
+    if lengths is not None and grad_h_n is not None:
+        grad = torch.where((lengths == 0)[:, None], grad_h_n, grad)
+    return grad
+
+
+def _sent(out: Tensor, h0: Tensor, cuts: Tensor | None, reverse: bool, cell: Cell) -> tuple[Tensor, Tensor]:
+    """``out`` and ``h0`` as the recurrent product of the step after received them."""
+    out, h0 = aten.sent_on(out, cell), aten.sent_on(h0, cell)
+    if cuts is not None:
+        out = out.masked_fill(cuts.roll(1 if reverse else -1, 0), 0)
+    return out, h0
+
+
+def _rebuilt_gates(
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    gate0: Tensor | None,
+    h0: Tensor,
+    c0: Tensor,
+    lengths: Tensor | None,
+    cuts: Tensor | None,
+    out: Tensor,
+    cells: Tensor,
+    reverse: bool,
+    cell: Cell,
+) -> Tensor:
+    """The activated gates that :func:`forward` would have saved, by one product over all steps."""
+    length, batch, _ = x.shape
+    hidden = w_hh.shape[1]
+    wide = torch.float32
+    gates = _input_products(x, w_ih, b_ih, b_hh, hidden, plan.device_of(x), plan.dot_precision(x))
+    _add_gate0(gates, gate0, cuts, lengths, reverse)
+    first = aten._first_steps(length, lengths, reverse, x.device)
+    h_prev, c_prev = aten.previous_states(out, cells, h0, c0.to(wide), cuts, first, reverse)
+    sent = aten.sent_on(h_prev, cell)
+    rows = gates.view(length * batch, -1)
+    torch.addmm(rows, sent.reshape(length * batch, hidden), pack_rows(w_hh).t(), out=rows)
+    # A few steps at a time: in fp32, all of them would take twice the memory that not saving the gates has saved.
+    steps = max(1, REBUILT // (batch * hidden))
+    for part, c in zip(gates.split(steps), c_prev.split(steps), strict=True):
+        pre = torch.cat(aten.unpack_gates(part, hidden), -1).to(wide)
+        part.copy_(aten.pack_gates(torch.cat(aten.activate(pre, c, cell)[:4], -1)))
+    return gates
+
+
+#: Cells whose gates are rebuilt at a time.
+REBUILT = 1 << 20
+
+
+def _grad_peephole(
+    grad_gates: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    out: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    lengths: Tensor | None,
+    cuts: Tensor | None,
+    reverse: bool,
+    cell: Cell,
+) -> Tensor:
+    hidden = h0.shape[1]
+    first = aten._first_steps(len(out), lengths, reverse, out.device)
+    _, c_prev = aten.previous_states(out, cells, h0, c0.float(), cuts, first, reverse)
+    c = cells[..., :hidden]
+    if cell.zoneout_c:
+        i, f, g, _ = (gate.float() for gate in aten.unpack_gates(gates, hidden))
+        c = aten.candidate(i, f, g, c_prev, cell)
+    unpacked = torch.cat(aten.unpack_gates(grad_gates, hidden), -1)
+    return aten.peephole_gradient(unpacked, c_prev, c).to(out.dtype)
 
 
 def _recurrent_backward(
@@ -269,17 +435,20 @@ def _recurrent_backward(
     w_hh: Tensor,
     c0: Tensor,
     lengths: Tensor | None,
+    cuts: Tensor | None,
     gates: Tensor,
     cells: Tensor,
     reverse: bool,
     x: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the gates' pre-activations [T, B, 4 HX] and of c0 [B, H] (fp32)."""
+    cell: Cell,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of the gates' pre-activations [T, B, 4 HX] and of c0 [B, H] (fp32), and what zoneout passes to h0."""
     length, batch, _ = x.shape
     hidden = w_hh.shape[1]
     device = plan.device_of(x)
     precision = plan.dot_precision(x)
     layout = plan.recurrent("backward", length, batch, hidden, x.dtype, device, precision, True, _overrides())
+    layout = _with_cell(layout, cell)
     stride_t, stride_b = batch, 1
     if grad_out is not None:
         grad_out, stride_t, stride_b = _row_strides(grad_out)
@@ -305,11 +474,15 @@ def _recurrent_backward(
         "grad_out_stride_t": stride_t,
         "grad_out_stride_b": stride_b,
         "reverse": int(reverse),
+        **_cell_arguments(cell, cuts),
     }
+    kept_h = torch.empty_like(grad_c0) if cell.zoneout_h else None
+    if kept_h is not None:
+        arguments["grad_h_ptr"] = kept_h
     for begin, end in _steps(layout, length):
         _run(layout.launch({**arguments, "step_begin": begin, "step_end": end}))
     status.check(flag)
-    return grad_gates, grad_c0
+    return grad_gates, grad_c0, kept_h
 
 
 def _recurrent_weight_gradient(rows: Tensor, first: Tensor, out: Tensor, h0: Tensor, reverse: bool) -> Tensor:

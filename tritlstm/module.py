@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from . import functional, ops
+from .cell_options import CellOptions
 from .functional import Input, Lengths, Options, States
+from .variants import PARAMETERS, Extras
 
 __all__ = ["LSTM", "LSTMCell", "swap"]
 
@@ -41,18 +45,42 @@ class LSTM(nn.RNNBase):
             `hidden_size`.
         device, dtype: of the parameters.
 
+    Variants, by keyword only (docs/variants.md has the equations and sources); all off is torch.nn.LSTM:
+        hidden_size: also a list, one size a layer; then `num_layers` is its length, and the states of call and
+            result are lists of [S, B, H_k], one a layer.
+        peephole: the gates also see the cell, through weight_ch_l{k} [3H], of i, f and o.
+        coupled: the forget gate is 1 - i; its rows of the weights are not used.
+        cell_clip: c is clamped to [-cell_clip, cell_clip].
+        zoneout: probability with which a unit keeps its value of the step before in training, one for h and c or a
+            pair; in evaluation the mean of the two values.
+        recurrent_dropout: probability with which a unit of h is zeroed on its way into the recurrent product, the
+            same units at every step of a call.
+        weight_dropout: probability with which an element of weight_hh is zeroed for a call.
+        forget_bias: the forget gate's bias to start with, in bias_ih; that in bias_hh is then zero.
+        activations: names of those of the gates, of the input node and of the cell on its way out; of
+            `tritlstm.cell_options.ACTIVATIONS`.
+        num_heads: splits the units into heads that do not see each other: weight_hh_l{k} is [4H, H / num_heads].
+        layer_norm: normalises both products over the 4H gates, with gains norm_ih_l{k} and norm_hh_l{k} [4H] and the
+            biases for biases, and the cell on its way out, with norm_c_l{k} and norm_c_bias_l{k} [H]. Runs in plain
+            operators everywhere.
+        recompute: backward computes the gates again instead of keeping them: 4H numbers a step and sequence less.
+
     Call:
         input: [T, B, D], [B, T, D] if `batch_first`, [T, D] without a batch, or a `PackedSequence`.
         hx: (h_0 [num_layers S, B, R], c_0 [num_layers S, B, H]), without B where the input has none. Default:
             zeros.
         lengths: [B] integers from 0 to T, a tensor on any device or a sequence of ints, in any order, by
             keyword; see `tritlstm.lstm`. For what torch.nn.LSTM takes a `PackedSequence`.
+        resets: bool [T, B], [B, T] if `batch_first`, [T] without a batch, by keyword: h and c are zeroed before step
+            t, in every layer; see `tritlstm.lstm`.
+        noise: int64 [2], seed and offset of the zoneout and of the recurrent and weight dropout of this call, by
+            keyword. The same two give the same bits on every device. Default: drawn from torch's generator.
         Returns output [T, B, S R], in the form of the input, and (h_n, c_n), in the form of `hx`.
 
     Attributes:
         weight_ih_l{k} [4H, D] (k > 0: [4H, S R]), weight_hh_l{k} [4H, R], bias_ih_l{k}, bias_hh_l{k} [4H] and
         weight_hr_l{k} [R, H], each also with the suffix `_reverse`; the rows hold the gates in the order i,
-        f, g, o. Drawn from U(-1/sqrt(H), 1/sqrt(H)).
+        f, g, o. Drawn from U(-1/sqrt(H), 1/sqrt(H)); gains start at 1, their biases at 0.
 
     Errors are torch.nn.LSTM's, in type and words. A packed input is checked like any other, which torch
     omits. Second and forward-mode derivatives run in plain PyTorch operators.
@@ -64,10 +92,16 @@ class LSTM(nn.RNNBase):
         torch.Size([5, 3, 20])
     """
 
+    #: How the cell differs from the plain one; nn.LSTMs that `swap` turned keep this default.
+    cell_options = CellOptions()
+    #: One a layer, where `hidden_size` was a list.
+    hidden_sizes: tuple[int, ...] | None = None
+    forget_bias: float | None = None
+
     def __init__(
         self,
         input_size: int,
-        hidden_size: int,
+        hidden_size: int | Sequence[int],
         num_layers: int = 1,
         bias: bool = True,
         batch_first: bool = False,
@@ -76,12 +110,27 @@ class LSTM(nn.RNNBase):
         proj_size: int = 0,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        peephole: bool = False,
+        coupled: bool = False,
+        cell_clip: float | None = None,
+        zoneout: float | tuple[float, float] = 0.0,
+        recurrent_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
+        forget_bias: float | None = None,
+        activations: Sequence[str] | None = None,
+        num_heads: int = 1,
+        layer_norm: bool = False,
+        recompute: bool = False,
     ) -> None:
+        listed = isinstance(hidden_size, (list, tuple))
+        sizes = _hidden_sizes(cast(Any, hidden_size), num_layers, proj_size) if listed else None
+        first = hidden_size if sizes is None else sizes[0]
         super().__init__(
             "LSTM",
             input_size,
-            hidden_size,
-            num_layers,
+            cast(int, first),
+            num_layers if sizes is None else len(sizes),
             bias,
             batch_first,
             dropout,
@@ -90,9 +139,93 @@ class LSTM(nn.RNNBase):
             device,
             dtype,
         )
+        self.cell_options = CellOptions.checked(
+            sizes or (self.hidden_size,), proj_size, peephole=peephole, coupled=coupled, cell_clip=cell_clip,
+            zoneout=zoneout, recurrent_dropout=recurrent_dropout, weight_dropout=weight_dropout,
+            activations=activations, num_heads=num_heads, layer_norm=layer_norm, recompute=recompute,
+        )  # fmt: skip
+        if forget_bias is not None and not bias:
+            raise ValueError(f"forget_bias={forget_bias!r} needs bias=True, got bias={bias!r}")
+        self.hidden_sizes, self.forget_bias = sizes, forget_bias
+        if self._shape_parameters():
+            self.reset_parameters()
+        else:
+            self._fill_constants()
+
+    def _suffixes(self) -> list[str]:
+        """Of the parameters of each layer and direction."""
+        directions = ("", "_reverse") if self.bidirectional else ("",)
+        return [f"l{layer}{direction}" for layer in range(self.num_layers) for direction in directions]
+
+    def _shape_parameters(self) -> bool:
+        """Gives the parameters the shapes of a variant and adds those that only variants have; whether any did."""
+        changed = False
+        options, directions = self.cell_options, 2 if self.bidirectional else 1
+        like = cast(Tensor, self.weight_ih_l0)
+        for k, suffix in enumerate(self._suffixes()):
+            layer = k // directions
+            size = self._size_of(layer)
+            below = self.input_size if layer == 0 else directions * (self.proj_size or self._size_of(layer - 1))
+            shapes = {"weight_ih": (4 * size, below), "bias_ih": (4 * size,), "bias_hh": (4 * size,)}
+            if not self.proj_size:
+                shapes["weight_hh"] = (4 * size, size // options.num_heads)
+            for option, parameters in PARAMETERS.items():
+                if getattr(options, option):
+                    shapes |= {name: (times * size,) for name, times in parameters.items()}
+            for name, shape in shapes.items():
+                old = getattr(self, f"{name}_{suffix}", None)
+                if (old is None and name.startswith("bias")) or (old is not None and old.shape == shape):
+                    continue
+                empty = torch.empty(shape, dtype=like.dtype, device=like.device)
+                setattr(self, f"{name}_{suffix}", nn.Parameter(empty))
+                changed = True
+        return changed
+
+    def _size_of(self, layer: int) -> int:
+        return self.hidden_size if self.hidden_sizes is None else self.hidden_sizes[layer]
+
+    def reset_parameters(self) -> None:
+        if self.hidden_sizes is None:
+            super().reset_parameters()
+        else:
+            for name, parameter in self.named_parameters(recurse=False):
+                layer = int(name.removesuffix("_reverse").rpartition("_l")[2])
+                bound = self._size_of(layer) ** -0.5
+                nn.init.uniform_(parameter, -bound, bound)
+        self._fill_constants()
+
+    def _fill_constants(self) -> None:
+        """Gains, their biases and the forget gate's bias."""
+        for name, parameter in self.named_parameters(recurse=False):
+            if name.startswith("norm_"):
+                nn.init.constant_(parameter, 0.0 if name.startswith("norm_c_bias") else 1.0)
+            elif name.startswith("bias_") and self.forget_bias is not None:
+                size = parameter.size(0) // 4
+                with torch.no_grad():
+                    parameter[size : 2 * size] = self.forget_bias if name.startswith("bias_ih") else 0.0
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        if self.hidden_sizes is not None:
+            text = text.replace(f", {self.hidden_size}", f", {list(self.hidden_sizes)}", 1)
+        changed = self.cell_options.changed
+        if self.forget_bias is not None:
+            changed["forget_bias"] = self.forget_bias
+        return "".join([text, *(f", {name}={value}" for name, value in changed.items())])
 
     def forward(
-        self, input: Input, hx: States | None = None, *, lengths: Lengths | None = None
+        self,
+        input: Input,
+        hx: States | None = None,
+        *,
+        lengths: Lengths | None = None,
+        resets: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> tuple[Input, States]:
+        return self._run(input, hx, lengths, self._extras(input, resets, noise))
+
+    def _run(
+        self, input: Input, hx: States | None, lengths: Lengths | None, extras: Extras | None
     ) -> tuple[Input, States]:
         # Asked for by name in every call: weights that parametrisations, functional_call or hooks put in the
         # place of the registered ones count too. torch's cached list silently keeps the old ones.
@@ -108,13 +241,52 @@ class LSTM(nn.RNNBase):
             self.training,
             self.bidirectional,
         )
-        return functional.apply(input, hx, weights, options, lengths)
+        if self.hidden_sizes is not None:
+            return functional.apply_sizes(input, hx, weights, options, self.hidden_sizes, lengths, extras)
+        return functional.apply(input, hx, weights, options, lengths, extras)
+
+    def _extras(
+        self,
+        input: Any,
+        resets: Tensor | None,
+        noise: Tensor | None,
+        record: list[Any] | None = None,
+        differentiable: bool = False,
+    ) -> Extras | None:
+        """What a variant, resets or a trace adds to the call; None for the plain LSTM."""
+        options = self.cell_options
+        if not options.changed and resets is None and record is None:
+            return None
+        if not (self.training and options.random):
+            noise = None
+        elif noise is None:
+            device = (input.data if isinstance(input, PackedSequence) else input).device
+            noise = torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=device)
+        elif noise.shape != (2,) or noise.dtype != torch.int64:
+            got = f"{list(noise.shape)} of {noise.dtype}"
+            raise ValueError(f"noise must be [2] of torch.int64, seed and offset, got {got}")
+        names = [name for option, own in PARAMETERS.items() if getattr(options, option) for name in own]
+        weights = [{name: getattr(self, f"{name}_{suffix}") for name in names} for suffix in self._suffixes()]
+        return Extras(options, self.training, weights, resets, noise, record, differentiable)
 
     def flatten_parameters(self) -> None:
         """Lay the weights out for cuDNN where it runs them; the Triton kernels read each one where it is."""
         if any(w is not None and w.dtype in ops.KERNEL_DTYPES for w in self._flat_weights):
             return
         super().flatten_parameters()
+
+
+def _hidden_sizes(given: Sequence[int], num_layers: int, proj_size: int) -> tuple[int, ...]:
+    sizes = tuple(given)
+    if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise ValueError(f"hidden_size must be a positive int or a list of them, one a layer, got {given!r}")
+    if num_layers not in (1, len(sizes)):
+        raise ValueError(
+            f"hidden_size={list(sizes)} has {len(sizes)} layers, got num_layers={num_layers}; leave num_layers out"
+        )
+    if proj_size:
+        raise ValueError(f"a list of hidden sizes can't be had with a projection, got proj_size={proj_size}")
+    return sizes
 
 
 class LSTMCell(nn.LSTMCell):

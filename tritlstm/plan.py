@@ -185,6 +185,8 @@ class RecurrentPlan:
     max_registers: int | None = None
     amd: bool = False
     spin_limit: int = SPIN_LIMIT
+    #: Constexpr parameters of a variant of the cell that are not the kernel's defaults.
+    cell: tuple[tuple[str, Any], ...] = ()
 
     @property
     def prologue(self) -> int:
@@ -217,8 +219,8 @@ class RecurrentPlan:
         }
         if self.direction == "forward":
             separate = padded(self.hidden) != self.hidden
-            return {**constants, "SAVE": self.save, "SEPARATE_OUT": separate}
-        return {**constants, "PARTS": self.parts}
+            return {**constants, "SAVE": self.save, "SEPARATE_OUT": separate, **dict(self.cell)}
+        return {**constants, "PARTS": self.parts, **dict(self.cell)}
 
     def launch(self, arguments: dict[str, Any]) -> Launch:
         """The launch with its tensors and sizes filled in."""

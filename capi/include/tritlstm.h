@@ -37,12 +37,14 @@
  *               handle with separate arrays; create them on one thread and use them on another as you like.
  *               set_weights excludes every other call on that handle, destroy too. A tritlstm_state
  *               belongs to one thread at a time.
- * Processes     After fork() a child can not use a library that its parent had already used
- *               (TRITLSTM_ERROR_FORKED): start it in the child, or fork first.
+ * Processes     After fork() a child can not use what its parent had already used (TRITLSTM_ERROR_FORKED): start it
+ *               in the child, or fork first. With the engine "aot" that is so for TRITLSTM_CUDA only.
  * Failure       Functions that can fail return a status; the text is tritlstm_last_error(). The library never
  *               prints, exits, raises a signal or throws.
- * Memory        Scratch is the caller's: ask for its size. The Python engine also allocates temporaries of its own
- *               and may synchronise, so do not record its calls into a CUDA graph.
+ * Memory        Scratch is the caller's: ask for its size. The engine "aot" allocates in tritlstm_create... and
+ *               tritlstm_state_create alone (and in get_weights, set_weights and backward of more than 500 weights).
+ *               The engine "python" also allocates temporaries of its own and may synchronise, so do not record its
+ *               calls into a CUDA graph.
  */
 #ifndef TRITLSTM_H
 #define TRITLSTM_H
@@ -110,7 +112,7 @@ TRITLSTM_API int tritlstm_version(void);
 /* The same as text, "0.1.0". Static. */
 TRITLSTM_API const char *tritlstm_version_string(void);
 
-/* The engine behind this library: "python" (libtritlstm_python). Static. */
+/* The engine behind this library: "aot" (libtritlstm) or "python" (libtritlstm_python). Static. */
 TRITLSTM_API const char *tritlstm_engine(void);
 
 /* ---- creating ---------------------------------------------------------------------------------------- */
@@ -175,7 +177,7 @@ typedef struct tritlstm tritlstm;
  *             order of tritlstm_weight_info, none NULL, each to an array in ordinary memory (whatever the
  *             device) of options->dtype; copied.
  *   lstm      receives the handle, or NULL on failure.
- * The first call of a process starts the engine (Python engine: about two seconds). */
+ * The first call of a process starts the engine ("python": about two seconds; "aot": nothing to start on a CPU). */
 TRITLSTM_API tritlstm_status tritlstm_create(const tritlstm_options *options, const void *const *weights,
                                              tritlstm **lstm);
 

@@ -290,6 +290,9 @@ typedef struct arrays {
     array *items;
 } arrays;
 
+/* Arrays of a call that are noted on the stack; for the gradients of more weights than that, memory is allocated. */
+enum { FEW = 528 };
+
 /* Checks one array and notes it for the overlap check. NULL is allowed unless `needed`. */
 static void add_array(arrays *set, const char *name, const void *pointer, size_t bytes, size_t alignment, int needed,
                       int written)
@@ -312,16 +315,24 @@ static void add_array(arrays *set, const char *name, const void *pointer, size_t
     if (bytes) set->items[set->count++] = (array){name, begin, begin + bytes, written};
 }
 
-static int by_address(const void *a, const void *b)
+/* Shell's sort with the gaps of Ciura (2001): in place, where the C library's qsort may allocate. */
+static void sort_by_address(array *items, size_t count)
 {
-    const array *x = a, *y = b;
-    return x->begin < y->begin ? -1 : x->begin > y->begin;
+    static const size_t gaps[] = {29524, 9842, 1750, 701, 301, 132, 57, 23, 10, 4, 1};
+    for (size_t g = 0; g < sizeof gaps / sizeof *gaps; g++)
+        for (size_t k = gaps[g]; k < count; k++) {
+            array moved = items[k];
+            size_t at = k;
+            for (; at >= gaps[g] && items[at - gaps[g]].begin > moved.begin; at -= gaps[g])
+                items[at] = items[at - gaps[g]];
+            items[at] = moved;
+        }
 }
 
 static int check_overlap(arrays *set)
 {
     if (set->status) return set->status;
-    qsort(set->items, set->count, sizeof *set->items, by_address);
+    sort_by_address(set->items, set->count);
     const array *farthest = NULL, *written = NULL; /* of those before: which reaches farthest */
     for (size_t k = 0; k < set->count; k++) {
         const array *now = &set->items[k], *hit = NULL;
@@ -626,7 +637,7 @@ static int check_copy(const tritlstm_options *o, int32_t device, const void *str
 static int check_weights(const tritlstm *lstm, const void *const *weights, int32_t device, const void *stream,
                          int written)
 {
-    array few[64];
+    array few[FEW];
     arrays set = {0, 0, few};
     int status = check_lstm(lstm);
     if (status) return status;
@@ -634,7 +645,7 @@ static int check_weights(const tritlstm *lstm, const void *const *weights, int32
     size_t count = (size_t)weight_count(o);
     if (!weights) return null_argument("weights");
     if ((status = check_copy(o, device, stream))) return status;
-    if (count > sizeof few / sizeof *few && !(set.items = malloc(count * sizeof *set.items)))
+    if (count > FEW && !(set.items = malloc(count * sizeof *set.items)))
         return fail(TRITLSTM_ERROR_MEMORY, "out of memory");
     for (size_t k = 0; k < count; k++) {
         size_t bytes = 0;
@@ -770,12 +781,12 @@ static int check_backward(const tritlstm_options *o, const tritlstm_backward_arg
 
 tritlstm_status tritlstm_backward(const tritlstm *lstm, const tritlstm_backward_args *args)
 {
-    array few[64], *items = few;
+    array few[FEW], *items = few;
     tritlstm_backward_args a;
     int status = check_lstm(lstm);
     if (status || (status = take_struct(&a, sizeof a, sizeof a, args, "backward_args"))) return status;
     size_t room = 16 + (a.grad_weights ? (size_t)weight_count(&lstm->options) : 0);
-    if (room > sizeof few / sizeof *few && !(items = malloc(room * sizeof *items)))
+    if (room > FEW && !(items = malloc(room * sizeof *items)))
         return fail(TRITLSTM_ERROR_MEMORY, "out of memory");
     status = check_backward(&lstm->options, &a, items);
     if (items != few) free(items);

@@ -359,7 +359,7 @@ int st_open(st_file *st, const char *path)
     if (stat(path, &info)) return fail(st, ST_FILE, "%s", strerror(errno));
     if (!S_ISREG(info.st_mode)) return fail(st, ST_FILE, "not a regular file");
     st->file = fopen(path, "rb");
-    if (!st->file) return fail(st, ST_FILE, "%s", strerror(errno));
+    if (!st->file) return fail(st, errno == ENOMEM ? ST_MEMORY : ST_FILE, "%s", strerror(errno));
     int status = read_header(st, (uint64_t)info.st_size);
     if (status) st_close(st);
     return status;

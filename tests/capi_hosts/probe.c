@@ -4,6 +4,7 @@
  *     probe LIBRARY threads            eight threads use it for the first time at once, half of them wrongly
  *     probe LIBRARY fork               parent, then child: the child is refused and ends in time
  *     probe LIBRARY fork-first         the child before the parent: both work
+ *     probe LIBRARY fork-free          parent, then child with the parent's handle: both work
  *     probe LIBRARY retry              create twice in an environment that may be broken; prints both statuses
  *
  * Prints one line for the test to read; exits 0 if what must hold in every case held. */
@@ -61,7 +62,12 @@ static int forward(tritlstm *lstm, float *out)
     args.batch = B;
     args.x = x;
     args.out = out;
-    return p_tritlstm_forward(lstm, &args);
+    int status = p_tritlstm_sizes(lstm, T, B, 0, &args.workspace_bytes, NULL);
+    if (status) return status;
+    if (args.workspace_bytes) args.workspace = malloc(args.workspace_bytes);
+    status = p_tritlstm_forward(lstm, &args);
+    free(args.workspace);
+    return status;
 }
 
 static double sum(const float *out)
@@ -123,6 +129,29 @@ static int threads(void)
     return failures != 0;
 }
 
+/* The child goes on with the parent's handle, and gets what the parent gets. */
+static int run_free_child(void)
+{
+    int status;
+    tritlstm *lstm;
+    float out[T * B * H];
+    double total;
+    if ((status = create(H, &lstm)) || forward(lstm, out)) return 10;
+    total = sum(out);
+    pid_t child = fork();
+    if (child == 0) {
+        double own;
+        status = forward(lstm, out) || sum(out) != total || use(&own) || own != total;
+        p_tritlstm_destroy(lstm);
+        exit(status);
+    }
+    waitpid(child, &status, 0);
+    status = !WIFEXITED(status) || WEXITSTATUS(status) || forward(lstm, out) || sum(out) != total;
+    p_tritlstm_destroy(lstm);
+    if (!status) puts("fork ok");
+    return status;
+}
+
 static int run_child(int first)
 {
     int status;
@@ -158,6 +187,7 @@ int main(int argc, char **argv)
     if (!strcmp(argv[2], "threads")) return threads();
     if (!strcmp(argv[2], "fork")) return run_child(0);
     if (!strcmp(argv[2], "fork-first")) return run_child(1);
+    if (!strcmp(argv[2], "fork-free")) return run_free_child();
     if (!strcmp(argv[2], "retry")) {
         for (int k = 0; k < 2; k++) {
             tritlstm *lstm;
