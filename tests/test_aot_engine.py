@@ -126,7 +126,11 @@ class Problem:
         case = self.case
         world.pretend(sms=case.sms)
         lstm = world.create(self.weights(), **case.options)
-        x, grad_out = world.put(self.flip(self.x), offset), world.put(self.flip(self.grads["o"]), offset)
+        beyond = torch.zeros(case.steps, case.batch, 1, dtype=torch.bool)
+        if case.lengths is not None:  # what lies beyond the ends is nobody's business
+            beyond = (torch.arange(case.steps)[:, None] >= torch.tensor(case.lengths))[:, :, None]
+        ended = [None if v is None else v.masked_fill(beyond, torch.nan) for v in (self.x, self.grads["o"])]
+        x, grad_out = (world.put(self.flip(v), offset) for v in ended)
         h0, c0 = (world.put(v, offset) if case.states else None for v in (self.h0, self.c0))
         lengths = None if case.lengths is None else torch.tensor(case.lengths, dtype=torch.int32)
         # Beyond 0 ... T they are clamped; the last sequence is the longest.
