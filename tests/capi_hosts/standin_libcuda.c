@@ -47,7 +47,7 @@ typedef struct module {
 /* ---- what a test sets and sees --------------------------------------------------------------------------- */
 
 int standin_count = 1, standin_major = 9, standin_minor = 0, standin_sms = 4, standin_shared = 227 << 10, standin_cooperative = 1;
-int standin_capturing;
+int standin_capturing, standin_rejecting;
 int (*standin_launch)(const standin_launched *);
 
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
@@ -95,6 +95,12 @@ int standin_live(void)
     for (int k = 0; k < n_buffers; k++) live += buffers[k].live;
     for (int k = 0; k < n_modules; k++) live += modules[k].live;
     return live;
+}
+
+/* Ends all of it. */
+void standin_forget(void)
+{
+    retained = n_buffers = n_modules = 0;
 }
 
 /* Offsets of the pages that lie between buffers. */
@@ -271,6 +277,32 @@ int cuCtxPopCurrent_v2(void **context)
     return 0;
 }
 
+int cuCtxSetCurrent(void *context)
+{
+    NOTE;
+    depth = 0;
+    stack[depth++] = context;
+    return 0;
+}
+
+int cuMemcpyHtoD_v2(uint64_t to, const void *from, size_t bytes)
+{
+    NOTE;
+    IN_CONTEXT;
+    if (!inside(to, bytes)) return INVALID_VALUE;
+    memcpy((void *)(uintptr_t)to, from, bytes);
+    return 0;
+}
+
+int cuMemcpyDtoH_v2(void *to, uint64_t from, size_t bytes)
+{
+    NOTE;
+    IN_CONTEXT;
+    if (!inside(from, bytes)) return INVALID_VALUE;
+    memcpy(to, (void *)(uintptr_t)from, bytes);
+    return 0;
+}
+
 int cuMemAlloc_v2(uint64_t *pointer, size_t bytes)
 {
     NOTE;
@@ -395,7 +427,7 @@ int cuModuleLoadDataEx(void **result, const void *image, unsigned n, int *option
     NOTE;
     IN_CONTEXT;
     NOT_CAPTURED;
-    int error = check_image(image, &bytes);
+    int error = standin_rejecting ? NO_BINARY : check_image(image, &bytes);
     if (n != 2 || options[0] != 5 || options[1] != 6) return INVALID_VALUE;
     if (error) {
         snprintf(values[0], (size_t)(uintptr_t)values[1], "the stand-in's log");
