@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from capi_harness import shared_build
 from safetensors.torch import save_file
 from torch import nn
 
@@ -39,13 +40,13 @@ def compile_(*command: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory) -> build.Built:
-    return build.build(tmp_path_factory.mktemp("prefix"))
+def built() -> build.Built:
+    return shared_build("python")
 
 
 @pytest.fixture(scope="module")
-def built_aot(tmp_path_factory) -> build.Built:
-    return build.build(tmp_path_factory.mktemp("prefix"), engine="aot")
+def built_aot() -> build.Built:
+    return shared_build("aot")
 
 
 @pytest.fixture(scope="module", params=list(build.NAMES))
