@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import math
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +32,14 @@ BIG = 2**62
 ffi = FFI()
 ffi.cdef(build.declarations())
 NULL = ffi.NULL
+
+
+@functools.cache
+def shared_build(engine: str) -> build.Built:
+    """The library of an engine, built once for all tests of this process; they change nothing in it."""
+    folder = tempfile.mkdtemp(prefix="tritlstm-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return build.build(folder, engine=engine)
 
 
 def pointer(value: Tensor | None) -> Any:

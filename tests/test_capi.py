@@ -47,6 +47,7 @@ from capi_harness import (
     pointer,
     pointers,
     refuses,
+    shared_build,
 )
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -59,9 +60,8 @@ from tritlstm.capi import build, host
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 
 @pytest.fixture(scope="module", params=list(build.NAMES))
-def lib(request, tmp_path_factory) -> Any:
-    built = build.build(tmp_path_factory.mktemp("capi"), engine=request.param)
-    return ffi.dlopen(str(built.library))
+def lib(request) -> Any:
+    return ffi.dlopen(str(shared_build(request.param).library))
 
 
 PYTHON = pytest.mark.parametrize("lib", ["python"], indirect=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from capi_harness import shared_build
 from safetensors.torch import save_file
 from torch import nn
 
@@ -51,8 +52,8 @@ def model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory) -> build.Built:
-    return build.build(tmp_path_factory.mktemp("prefix"), engine="aot")
+def built() -> build.Built:
+    return shared_build("aot")
 
 
 def succeeded(done: subprocess.CompletedProcess[str], said: str) -> None:

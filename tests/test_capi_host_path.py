@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -188,9 +189,8 @@ def test_activations_are_right_to_a_few_roundings(c, dtype, function):
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory) -> capi.Library:
-    built = build.build(tmp_path_factory.mktemp("aot"), engine="aot")
-    return capi.Library(ffi.dlopen(str(built.library)))
+def library() -> capi.Library:
+    return capi.Library(ffi.dlopen(str(capi.shared_build("aot").library)))
 
 
 @pytest.mark.parametrize("name", ["float16", "bfloat16"])
@@ -348,9 +348,20 @@ def ctypes_function(library: Path, name: str) -> Any:
 
 
 def test_a_build_is_the_same_byte_for_byte(tmp_path):
-    one, two = (build.build(tmp_path / name, engine="aot") for name in ("one", "another place"))
+    one, two = capi.shared_build("aot"), build.build(tmp_path / "another place", engine="aot")
     assert one.library.read_bytes() == two.library.read_bytes()
     assert one.library.stat().st_size < 400_000
+
+
+def test_clang_builds_it_too(tmp_path):
+    clang = next((name for name in ("clang", "clang-14", "clang-16", "clang-19") if shutil.which(name)), None)
+    if clang is None:
+        pytest.skip("clang is not installed (Debian: apt install clang)")
+    c = capi.Library(ffi.dlopen(str(build.build(tmp_path, clang, "aot").library)))
+    for name in ("float32", "float64", "bfloat16"):
+        problem = capi.Problem((2, True, True, 3, True, name, True), 11, 6, (9, 21))
+        base, own = problem.torch(torch.float64), problem.torch(problem.dtype)
+        capi.assert_within_budget(problem.c(c), base, own, problem.dtype, terms=1000)
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="registers of x86-64")
