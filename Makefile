@@ -12,11 +12,12 @@ DESTDIR ?=
 PREFIX ?= /usr/local
 ENGINE ?= aot
 IMAGES ?= none
+FUZZ_SECONDS ?= 600
 
 BIN = $(VENV)/bin
 export PYTHON VENV TORCH TRITON CC
 
-.PHONY: help demo test bench lint setup install check-system clean
+.PHONY: help demo test bench lint fuzz setup install check-system clean
 .DEFAULT_GOAL := help
 
 help:
@@ -26,6 +27,7 @@ help:
 	@echo 'make lint    run ruff and mypy'
 	@echo 'make setup   only what all of these do first: a virtual environment with torch and this package'
 	@echo '             PYTHON=python3.12 VENV=.venv TORCH=2.13.0 TRITON=3.7.1'
+	@echo 'make fuzz    fuzz the C library (needs clang)              FUZZ_SECONDS=600, for each of two targets'
 	@echo 'make install the C library          PREFIX=/usr/local DESTDIR= ENGINE=aot|python|both IMAGES=none'
 	@echo 'make clean   remove build products; the virtual environment stays'
 
@@ -45,6 +47,9 @@ lint: setup
 	@cd build/typing/tritlstm && ln -s ../../../tritlstm/* ../../../kernels ../../../capi ../../../benchmarks .
 	@python="$$(cd $(BIN) && pwd)/python" && cd build/typing && \
 		"$$python" -m mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p tritlstm
+
+fuzz:
+	@tests/fuzz/run $(FUZZ_SECONDS)
 
 # The prefix can be moved, so what is built into DESTDIR is right in PREFIX.
 install: setup

@@ -1,0 +1,134 @@
+"""libtritlstm under valgrind, sanitizers, failing allocations and the fuzzers' corpus."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import save_file
+from torch import nn
+
+from tritlstm.capi import build
+
+TESTS = Path(__file__).resolve().parent
+SOURCES = [build.SOURCE / "src" / name for name in (*build.COMMON, *build.HOST, "cuda_absent.c")]
+FLAGS = ["-std=c11", "-g", "-O1", "-Wall", "-Wextra", "-Werror", "-ffp-contract=fast"]
+FLAGS += [f"-I{build.SOURCE}/include", f"-I{build.SOURCE}/src"]
+TARGETS = {"safetensors_reader": ["safetensors.c"], "argument_checks": ["front.c", "safetensors.c"]}
+
+
+def run(*command: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+    settings = {"capture_output": True, "text": True, "timeout": 170, "check": False, **options}
+    return subprocess.run([str(word) for word in command], **settings)
+
+
+def compile_(target: Path, *words: Any) -> Path:
+    done = run(*build.compiler(), *words, "-o", target)
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+def sanitized(folder: Path, sanitizer: str, *words: Any) -> Path:
+    """Compiles with a sanitizer, or skips where the compiler has no library for it."""
+    (folder / "empty.c").write_text("int main(void) { return 0; }")
+    flags = [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
+    command = [*build.compiler(), *flags, folder / "empty.c", "-o", folder / "empty"]
+    if run(*command).returncode or run(folder / "empty").returncode:
+        pytest.skip(f"this compiler has no -fsanitize={sanitizer} (Debian: apt install libgcc-12-dev)")
+    return compile_(folder / "program", *flags, *words, "-pthread", "-lm")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "lstm.safetensors"
+    save_file(nn.LSTM(4, 6, 2).state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> build.Built:
+    return build.build(tmp_path_factory.mktemp("prefix"), engine="aot")
+
+
+def succeeded(done: subprocess.CompletedProcess[str], said: str) -> None:
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    assert re.fullmatch(rf"engine aot\n{said}\n", done.stdout), done.stdout
+
+
+@pytest.mark.skipif(shutil.which("valgrind") is None, reason="valgrind is not installed (Debian: apt install valgrind)")
+def test_valgrind_finds_no_leak_and_no_invalid_access(built, model, tmp_path):
+    program = compile_(tmp_path / "exercise", *FLAGS, TESTS / "capi_hosts/exercise.c", *built.flags(), "-pthread")
+    check = ["valgrind", "-q", "--leak-check=full", "--errors-for-leak-kinds=all", "--show-leak-kinds=all"]
+    done = run(*check, "--error-exitcode=9", program, "everything", model)
+    succeeded(done, r"everything: \d+ cases")
+    # It does find one: the same host without its last destroy.
+    source = (TESTS / "capi_hosts/exercise.c").read_text()
+    last = "        last = stream(lstm, a);\n"
+    leaking = source.replace(last + "    tritlstm_destroy(lstm);\n", last)
+    assert leaking != source
+    (tmp_path / "leaking.c").write_text(leaking.replace("bits < 128; bits++", "bits < 4; bits++"))
+    program = compile_(tmp_path / "leaking", *FLAGS, tmp_path / "leaking.c", *built.flags(), "-pthread")
+    done = run(*check, "--error-exitcode=9", program, "everything", model)
+    assert done.returncode == 9
+    assert "definitely lost" in done.stderr
+
+
+@pytest.mark.slow
+def test_address_and_undefined_behaviour_sanitizers_find_nothing(model, tmp_path):
+    program = sanitized(tmp_path, "address,undefined", *FLAGS, TESTS / "capi_hosts/exercise.c", *SOURCES)
+    environment = {**os.environ, "ASAN_OPTIONS": "allocator_may_return_null=1:detect_stack_use_after_return=1"}
+    done = run(program, "everything", model, env=environment)
+    # The allocator tells of the request that is far too large, which is meant to fail.
+    told = r"^==\d+==WARNING: AddressSanitizer failed to allocate 0x\w+ bytes\n"
+    done.stderr = re.sub(told, "", done.stderr, flags=re.M)
+    succeeded(done, r"everything: \d+ cases")
+
+
+def test_the_thread_sanitizer_finds_no_race(model, tmp_path):
+    words = [*FLAGS, "-DTRITLSTM_HOST_LEVEL=0", TESTS / "capi_hosts/exercise.c", *SOURCES]  # quick to compile
+    program = sanitized(tmp_path, "thread", *words)
+    command = [program, "threads", model]
+    if shutil.which("setarch"):  # some kernels' address layout is too random for older sanitizers
+        command = ["setarch", "-R", *command]
+    succeeded(run(*command), "threads: all agree")
+
+
+@pytest.fixture(scope="module")
+def counting(built, tmp_path_factory) -> Path:
+    """The host with a malloc of its own in front of the C library's, on the library as it is shipped."""
+    target = tmp_path_factory.mktemp("counting") / "exercise"
+    flags = [*FLAGS, "-fno-builtin", "-DCOUNT_ALLOCATIONS", TESTS / "capi_hosts/exercise.c", *built.flags()]
+    done = run(*build.compiler(), *flags, "-pthread", "-lm", "-o", target)
+    if "__libc_malloc" in done.stderr:
+        pytest.skip("this C library has no __libc_malloc: only glibc's can be stood in front of")
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+def test_calls_after_create_allocate_nothing(counting, model):
+    succeeded(run(counting, "no-allocation", model), r"no-allocation: \d+ cases")
+
+
+def test_each_allocation_that_fails_is_a_status_and_leaves_nothing_behind(counting, model):
+    done = run(counting, "out-of-memory", model)
+    succeeded(done, r"out-of-memory: \d+ failures, each a status, nothing left behind")
+    (failures,) = re.findall(r"(\d+) failures", done.stdout)
+    # a network is four allocations, a state two, a file of eight tensors some fifty
+    assert int(failures) > 60
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_fuzzers_corpus_runs_clean(target, tmp_path):
+    corpus = sorted((TESTS / "fuzz/corpus" / target).iterdir())
+    assert len(corpus) >= 10
+    sources = [TESTS / "fuzz" / f"{target}.c", TESTS / "fuzz/replay.c"]
+    sources += [build.SOURCE / "src" / name for name in TARGETS[target]]
+    program = sanitized(tmp_path, "address,undefined", *FLAGS, *sources)
+    done = run(program, *corpus)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{len(corpus)} files\n", "")
