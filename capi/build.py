@@ -46,7 +46,7 @@ HOST = ("aot_engine.c", "host_engine.c", "host_walk.c", "host_kernels.c", "host_
 NO_IMAGES = "none"
 SOVERSION = "0"
 HEADERS = ("tritlstm.h", "tritlstm.hpp")
-EXAMPLES = {"generate": "c", "train_step": "c", "fit": "cpp", "stream": "rs"}  # and their languages
+EXAMPLES = {"generate": "c", "train_step": "c", "call_cost": "c", "fit": "cpp", "stream": "rs"}  # and their languages
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 COMPILE = ["-std=c11", "-O2", "-fPIC", "-fvisibility=hidden", *WARNINGS]
 LINK = ["-shared", "-Wl,-z,now", "-Wl,-z,noexecstack", "-Wl,-z,nodelete", "-Wl,--as-needed"]
@@ -408,7 +408,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--images",
         metavar="SET",
         default=NO_IMAGES,
-        help="device images in libtritlstm: none (default; CPUs only) or what capi/aot.py names",
+        help="device images in libtritlstm: none (default; CPUs only), default (all of them, some minutes), or with "
+        "commas some of them, such as sm_90,fp16,H1024",
     )
     parser.add_argument(
         "--cblas",

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import tritlstm
-from tritlstm.capi import build
+from tritlstm.capi import build, call_cost
 
 HOSTS = Path(__file__).resolve().parent / "capi_hosts"
 STRICT = ["-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-pedantic", "-Werror"]
@@ -746,7 +746,7 @@ def test_a_missing_compiler_of_an_example_is_named(built_aot, tmp_path, monkeypa
     assert build.run(arguments(str(tmp_path / "prefix"), "--engine", "aot", "--examples")) == 0
     said = capsys.readouterr().out
     assert "left out: no Rust compiler 'no-such-rustc' for the example stream" in said
-    assert {path.name for path in (tmp_path / "prefix/bin").iterdir()} == {"generate", "train_step"}
+    assert {path.name for path in (tmp_path / "prefix/bin").iterdir()} == {"generate", "train_step", "call_cost"}
 
 
 def test_train_step_notices_a_wrong_gradient(either, tmp_path):
@@ -763,7 +763,7 @@ def test_train_step_notices_a_wrong_gradient(either, tmp_path):
 
 
 def test_examples_have_only_their_names(built, tmp_path):
-    with pytest.raises(ValueError, match="no example 'nothing': one of generate, train_step, fit, stream"):
+    with pytest.raises(ValueError, match="no example 'nothing': one of generate, train_step, call_cost, fit, stream"):
         build.build_example("nothing", built, tmp_path / "nothing")
 
 
@@ -804,11 +804,11 @@ def test_the_reader_survives_damaged_files(tmp_path):
 # -- the page -----------------------------------------------------------------------------------------------
 
 
-def test_the_host_on_the_page_runs(built, tmp_path):
+def test_the_host_on_the_page_runs(either, tmp_path):
     page = (HOSTS.parents[1] / "docs/c.md").read_text(encoding="utf-8")
     (source,) = re.findall(r"^```c\n(.*?)^```$", page, re.S | re.M)
     (tmp_path / "host.c").write_text(source)
-    compile_(*build.compiler(), *STRICT, tmp_path / "host.c", *built.flags(), "-o", tmp_path / "host")
+    compile_(*build.compiler(), *STRICT, tmp_path / "host.c", *either.flags(), "-o", tmp_path / "host")
     done = run([tmp_path / "host"], cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "'model.safetensors': No such file or directory\n"
@@ -816,3 +816,23 @@ def test_the_host_on_the_page_runs(built, tmp_path):
     save_file(weights, tmp_path / "model.safetensors")
     done = run([tmp_path / "host"], cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# -- the cost of a call -------------------------------------------------------------------------------------
+
+
+def test_call_cost_prints_a_row_for_each_call_beside_torch(capsys):
+    assert call_cost.main(["--engine", "aot", "--calls", "2"]) == 0
+    said = capsys.readouterr().out
+    rows = re.findall(r"^(\S.*?)  +(step|forward|train) +(\d+\.\d\d) +(\d+\.\d\d)$", said, re.M)
+    assert [row[:2] for row in rows] == [(case, kind) for case in call_cost.CASES for kind in call_cost.KINDS]
+    assert all(float(time) > 0 for row in rows for time in row[2:])
+    assert re.search(r"^network +call +aot +torch$", said, re.M)
+
+
+def test_call_cost_shows_no_figure_of_a_wrong_host(monkeypatch, capsys):
+    monkeypatch.setattr(call_cost, "torch_times", lambda case: ({}, 123.0))
+    assert call_cost.main(["--engine", "aot", "--calls", "1"]) == 1
+    said = capsys.readouterr()
+    assert "torch's to 123.0" in said.err
+    assert "step" not in said.out
