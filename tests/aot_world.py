@@ -69,7 +69,8 @@ class World:
         self.link.symlink_to(self.standin)
         self.copies = 0
         command = f"""cc '-DTRITLSTM_LIBCUDA="{self.link}"'"""
-        self.library = build.build(folder / "lib", command, "aot", images).library
+        self.package = build.build(folder / "lib", command, "aot", images)
+        self.library = self.package.library
         self.lib = ffi.dlopen(str(self.library))
         self.built = aot.compile_all(aot.parse(images), 1)
         self.codes = {

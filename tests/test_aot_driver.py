@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import re
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -409,6 +410,32 @@ def test_two_handles_share_their_kernels(world: World) -> None:
     assert "cuModuleLoadDataEx" not in names
     assert "cuDevicePrimaryCtxRetain" not in names
     del first, second
+
+
+def test_many_threads_create_and_run_and_end(world: World) -> None:
+    """The device is opened by the first, and ended by the last, again and again; kernels are loaded once each time."""
+    wrong: list[Any] = []
+
+    def life() -> None:
+        for _ in range(8):
+            handle = ffi.new("tritlstm **")
+            given = world.struct("options", device=CUDA, **options())
+            statuses = [world.lib.tritlstm_create(given, NULL, handle)]
+            statuses.append(world.lib.tritlstm_forward(handle[0], args))
+            world.lib.tritlstm_destroy(handle[0])
+            if any(statuses):
+                wrong.append((statuses, world.error()))
+
+    lstm = world.create(**options())
+    args = Scene(world, lstm).forward_args
+    world.lib.tritlstm_destroy(ffi.gc(lstm, None))
+    threads = [threading.Thread(target=life) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert world.driver.standin_live() == len(world.allocated)
 
 
 def test_what_the_public_functions_refuse_first(world: World) -> None:

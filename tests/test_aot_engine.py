@@ -23,17 +23,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
     pytest.mark.timeout(600),  # a launch is many processes
 ]
-IMAGES = "sm_90,fp32,H32,persistent,step"
+#: In fp32 the planner takes the persistent tier, in 16-bit types the single block; and the step tier for one step.
+IMAGES = "sm_90,H32"
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(tmp_path_factory.mktemp("aot"), IMAGES)
-
-
-@pytest.fixture(scope="module")
-def half(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return World(tmp_path_factory.mktemp("aot-half"), "sm_90,fp16,bf16,H32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +41,7 @@ class Case:
     batch_first: bool = False
     dtype: torch.dtype = torch.float32
     lengths: tuple[int, ...] | None = None
-    steps: int = 4
+    steps: int = 3
     batch: int = 3
     d: int = 5
     h: int = 20
@@ -186,16 +182,15 @@ def assert_within_budget(found: dict[str, np.ndarray], exact: dict[str, np.ndarr
 
 
 CASES = [
-    Case(),
     Case(h=32, d=8),  # no padding
-    Case(layers=2, lengths=(2, 0, 4), bias=False),
-    Case(layers=2, both=True, batch_first=True, lengths=(1, 0, 4)),
-    Case(proj=6, both=True, lengths=(3, 0, 4)),
-    Case(layers=2, proj=8, batch_first=True, bias=False),
-    Case(sms=1, both=True, lengths=(4, 2, 3)),  # two blocks do not fit at once: the step tier
+    Case(layers=2, lengths=(2, 0, 3), bias=False),
+    Case(layers=2, both=True, batch_first=True, lengths=(1, 0, 3)),
+    Case(proj=6, both=True, lengths=(2, 0, 3)),
+    Case(layers=2, proj=8, batch_first=True, bias=False, steps=2),
+    Case(sms=1, both=True, lengths=(3, 2, 3)),  # the blocks of an exchange do not fit at once: the step tier
     Case(steps=1, batch=17),
-    Case(states=False, upstream="hc"),
-    Case(proj=4, states=False, upstream="c"),
+    Case(states=False, upstream="hc", steps=2),
+    Case(proj=4, states=False, upstream="c", steps=2),
 ]
 
 
@@ -207,11 +202,12 @@ def test_outputs_and_every_gradient_match_torch(world: World, case: Case) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_sixteen_bit_types(half: World, dtype: torch.dtype) -> None:
-    case = Case(dtype=dtype, lengths=(4, 0, 3), layers=2)
+def test_sixteen_bit_types(world: World, dtype: torch.dtype) -> None:
+    case = Case(dtype=dtype, lengths=(3, 0, 2), layers=2)
     problem = Problem(case)
-    found = problem.by_library(half)
+    found = problem.by_library(world)
     assert_within_budget(found, problem.by_torch(torch.float64), problem.by_torch(dtype), dtype)
+    assert {kernel.plan.tier for kernel in world.ran if kernel.plan} == {"single"}
 
 
 def test_numpy_reference_and_arrays_that_are_aligned_to_an_element_only(world: World) -> None:
@@ -224,6 +220,7 @@ def test_numpy_reference_and_arrays_that_are_aligned_to_an_element_only(world: W
     values = [trace.h, trace.h_n[None], trace.c_n[None], g.x, g.h0[None], g.c0[None], g.w_ih, g.w_hh, g.b, g.b]
     exact = dict(zip(problem.names, values, strict=True))
     found = problem.by_library(world, offset=4)
+    assert {kernel.plan.tier for kernel in world.ran if kernel.plan} == {"persistent"}
     assert_within_budget(found, exact, problem.by_torch(torch.float32), torch.float32)
 
 
@@ -236,7 +233,7 @@ def state_of(world: World, lstm: Any, batch: int) -> Any:
 @pytest.mark.parametrize("proj", [0, 6])
 def test_steps_carry_a_state(world: World, proj: int) -> None:
     """Steps of a stream against torch over the whole sequence; resets, and states in and out, on the way."""
-    case = Case(layers=2, proj=proj)
+    case = Case(layers=2, proj=proj, steps=4)
     problem = Problem(case)
     module, width = problem.module, proj or case.h
     world.pretend()
@@ -351,6 +348,7 @@ def test_the_tests_can_fail(world: World) -> None:
     problem = Problem(Case(steps=1, h=32, d=8))
     found = problem.by_library(world)
     kernels = {kernel.launch.kernel for kernel in world.ran}
+    assert {kernel.plan.tier for kernel in world.ran if kernel.plan} == {"step"}
     assert kernels >= {"product", "recurrent_forward", "recurrent_backward", "rearrange", "previous_states"}
     exact, own = problem.by_torch(torch.float64), problem.by_torch(torch.float32)
     found["weight_hh_l0"][3, 4] += 1e-4
@@ -361,8 +359,7 @@ def test_the_tests_can_fail(world: World) -> None:
 # -- a plain C host -----------------------------------------------------------------------------------------------
 
 
-def compile_host(folder: Path, images: str) -> Path:
-    built = build.build(folder / "lib", None, "aot", images)
+def compile_host(folder: Path, built: build.Built) -> Path:
     host = folder / "cuda_host"
     flags = ["-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror"]
     command = ["cc", *flags, str(HOSTS / "cuda_host.c"), *built.flags(), "-ldl", "-o", str(host)]
@@ -398,7 +395,7 @@ def test_a_plain_c_host_gets_as_far_as_the_driver_lets_it(world: World, tmp_path
     """The host of the test below, on the stand-in, where no launch computes anything: it runs to its end."""
     (tmp_path / "driver").mkdir()
     (tmp_path / "driver" / "libcuda.so.1").symlink_to(world.standin)
-    host = compile_host(tmp_path, IMAGES)
+    host = compile_host(tmp_path, world.package)
     found, text = by_host(host, Problem(Case(proj=6)), tmp_path, LD_LIBRARY_PATH=str(tmp_path / "driver"))
     assert "images: machine code (cubin) of sm_90" in text
     assert "hidden size: 20 runs in kernels of 32, padded with zeros" in text
@@ -412,7 +409,7 @@ def test_a_plain_c_host_on_this_gpu(dtype: torch.dtype, tmp_path: Path) -> None:
     family = "sm_{}{}".format(*torch.cuda.get_device_capability())
     word = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
     images = f"{family if family in aot.FAMILIES else 'ptx'},{word},H128,H512"
-    host = compile_host(tmp_path, images)
+    host = compile_host(tmp_path, build.build(tmp_path / "lib", None, "aot", images))
     for case in (
         Case(dtype=dtype, d=40, h=100, steps=30, batch=20, layers=2, both=True),
         Case(dtype=dtype, d=512, h=512, steps=50, batch=16),

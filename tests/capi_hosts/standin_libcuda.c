@@ -113,7 +113,7 @@ long standin_guards(uint64_t *to, long room)
     return n;
 }
 
-static void *allocate(size_t bytes, int host)
+static void *allocate_alone(size_t bytes, int host)
 {
     if (!arena) {
         arena_fd = memfd_create("standin", 0);
@@ -133,14 +133,22 @@ static void *allocate(size_t bytes, int host)
     return arena + offset;
 }
 
+static void *allocate(size_t bytes, int host)
+{
+    pthread_mutex_lock(&mutex);
+    void *at = allocate_alone(bytes, host);
+    pthread_mutex_unlock(&mutex);
+    return at;
+}
+
 static int deallocate(void *at)
 {
-    for (int k = 0; k < n_buffers; k++)
-        if (arena + buffers[k].offset == at && buffers[k].live) {
-            buffers[k].live = 0;
-            return 0;
-        }
-    return INVALID_VALUE;
+    int error = INVALID_VALUE;
+    pthread_mutex_lock(&mutex);
+    for (int k = 0; k < n_buffers && error; k++)
+        if (arena + buffers[k].offset == at && buffers[k].live) buffers[k].live = error = 0;
+    pthread_mutex_unlock(&mutex);
+    return error;
 }
 
 void *standin_allocate(size_t bytes) { return allocate(bytes, 0); }
@@ -149,11 +157,14 @@ int standin_deallocate(void *at) { return deallocate(at); }
 /* Whether the bytes lie in one live buffer. */
 static int inside(uint64_t at, size_t bytes)
 {
-    for (int k = 0; k < n_buffers; k++) {
+    int found = 0;
+    pthread_mutex_lock(&mutex);
+    for (int k = 0; k < n_buffers && !found; k++) {
         uint64_t begin = (uint64_t)(uintptr_t)arena + buffers[k].offset;
-        if (buffers[k].live && at >= begin && bytes <= buffers[k].bytes && at - begin <= buffers[k].bytes - bytes) return 1;
+        found = buffers[k].live && at >= begin && bytes <= buffers[k].bytes && at - begin <= buffers[k].bytes - bytes;
     }
-    return 0;
+    pthread_mutex_unlock(&mutex);
+    return found;
 }
 
 /* ---- the driver ---------------------------------------------------------------------------------------- */
@@ -248,7 +259,7 @@ int cuDevicePrimaryCtxRetain(void **context, int device)
 {
     NOTE;
     (void)device;
-    retained++;
+    __atomic_add_fetch(&retained, 1, __ATOMIC_RELAXED);
     *context = CONTEXT;
     return 0;
 }
@@ -256,7 +267,7 @@ int cuDevicePrimaryCtxRetain(void **context, int device)
 int cuDevicePrimaryCtxRelease_v2(int device)
 {
     (void)device;
-    retained--;
+    __atomic_sub_fetch(&retained, 1, __ATOMIC_RELAXED);
     NOTE;
     return 0;
 }
@@ -463,9 +474,11 @@ int cuModuleUnload(void *handle)
 {
     module *m = handle;
     IN_CONTEXT;
+    pthread_mutex_lock(&mutex);
     free(m->image);
     m->image = NULL;
     m->live = 0;
+    pthread_mutex_unlock(&mutex);
     NOTE;
     return 0;
 }
