@@ -439,19 +439,21 @@ def test_noise_decides_the_bits_and_torch_s_seed_decides_the_noise(path):
         assert torch.equal(module(x)[0], evaluated)
 
 
-def test_recompute_keeps_no_gates():
+@paths
+def test_recompute_keeps_no_gates(path):
     """Bytes that autograd holds between forward and backward, counted tensor by tensor."""
+    path = Path(path)
 
     def kept(recompute: bool) -> int:
-        module = tritlstm.LSTM(D, 16, zoneout=0.0, peephole=True, recompute=recompute)
+        module = tritlstm.LSTM(D, 16, peephole=True, recompute=recompute, device=path.device)
         held: dict[int, int] = {}
 
         def pack(t: Tensor) -> Tensor:
             held[t.data_ptr()] = t.nbytes
             return t
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            module(torch.randn(50, 8, D))
+        with path.kernels(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            module(torch.randn(50, 8, D, device=path.device))
         return sum(held.values())
 
     # The gates: 50 steps of 8 sequences of 4 * 16 numbers of 4 bytes.
