@@ -278,6 +278,12 @@ class TestKernels:
         got = by_kernels(problem, reverse, [4, 0, 2, 3], False, **tier)
         assert_float32(got, problem.by_reference(reverse, [4, 0, 2, 3]))
 
+    def test_everything_at_once_where_weights_are_streamed(self):
+        problem = Problem.draw(VARIANTS["all"], (3, 3, 4, 150), torch.float32, seed=6)
+        options = {"tier": "streaming", "sms": 10, "shared_bytes": 64 << 10, "block_k": 32}
+        got = by_kernels(problem, True, [3, 0, 2], True, **options)
+        assert_float32(got, problem.by_reference(True, [3, 0, 2]))
+
     @pytest.mark.parametrize("name", ["all", "peephole"])
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
     def test_short_types_err_at_most_twice_as_much_as_plain_operators(self, dtype, name):

@@ -236,6 +236,35 @@ def plain(module: tritlstm.LSTM, x: Tensor, resets: Tensor) -> tuple[Tensor, tup
     return out, (h, c)
 
 
+def test_the_functional_form_takes_resets():
+    path = Path("cpu")
+    module = path.lstm(D, H, 2, bidirectional=True, batch_first=True)
+    x, resets = path.draw(B, T, D), torch.rand((B, T), generator=torch.Generator().manual_seed(4)) < 0.4
+    weights = list(module.parameters())
+    got, state = tritlstm.lstm(x, None, weights, bidirectional=True, batch_first=True, resets=resets)
+    zeros = torch.zeros(4, B, H, dtype=torch.float64)
+    exact = nn.LSTM(D, H, 2, bidirectional=True, dtype=torch.float64)
+    exact.load_state_dict(module.state_dict())
+    expected, *last = by_parts(exact, x.transpose(0, 1), resets.t(), (zeros, zeros))
+    path.close(got.transpose(0, 1), expected)
+    for a, b in zip(state, last, strict=True):
+        path.close(a, b)
+    with pytest.raises(ValueError, match=r"resets must be \[B, T\] = \[3, 5\]"):
+        tritlstm.lstm(x, None, weights, bidirectional=True, batch_first=True, resets=resets.t())
+
+
+def test_a_compiled_variant_draws_its_own_noise():
+    module = tritlstm.LSTM(D, H, zoneout=0.5, recurrent_dropout=0.5)
+    x = torch.randn(T, B, D)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(1)
+    first, second = compiled(x)[0], compiled(x)[0]
+    torch.manual_seed(1)
+    assert torch.equal(compiled(x)[0], first)
+    assert not torch.equal(first, second)
+
+
 @paths
 def test_resets_with_a_projection(path):
     path = Path(path)
@@ -410,19 +439,21 @@ def test_noise_decides_the_bits_and_torch_s_seed_decides_the_noise(path):
         assert torch.equal(module(x)[0], evaluated)
 
 
-def test_recompute_keeps_no_gates():
+@paths
+def test_recompute_keeps_no_gates(path):
     """Bytes that autograd holds between forward and backward, counted tensor by tensor."""
+    path = Path(path)
 
     def kept(recompute: bool) -> int:
-        module = tritlstm.LSTM(D, 16, zoneout=0.0, peephole=True, recompute=recompute)
+        module = tritlstm.LSTM(D, 16, peephole=True, recompute=recompute, device=path.device)
         held: dict[int, int] = {}
 
         def pack(t: Tensor) -> Tensor:
             held[t.data_ptr()] = t.nbytes
             return t
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            module(torch.randn(50, 8, D))
+        with path.kernels(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            module(torch.randn(50, 8, D, device=path.device))
         return sum(held.values())
 
     # The gates: 50 steps of 8 sequences of 4 * 16 numbers of 4 bytes.
