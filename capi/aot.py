@@ -20,6 +20,7 @@ import itertools
 import multiprocessing
 import os
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -203,7 +204,7 @@ def _family(family: str, selection: Selection) -> Iterator[Kernel]:
             launch = _plain_launch("rearrange", {"source_ptr": source, "target_ptr": target}, blocks)
             yield Kernel(family, dtype, launch, None, variant, (rows, columns))
         given = {"source_ptr": dtype, "lengths_ptr": word, "target_ptr": dtype, "h_ptr": dtype, "h0_ptr": dtype}
-        for kernel in ("take_first", "add_first", "previous_states", "keep_empty"):
+        for kernel in ("take_first", "add_first", "previous_states", "keep_empty", "zero_ends"):
             yield Kernel(family, dtype, _plain_launch(kernel, given, blocks), tile=(rows, columns))
 
 
@@ -422,7 +423,7 @@ def sources(
 ) -> list[Path]:
     """Builds ``images`` into ``folder``; returns the files to compile together with ``src/cuda_*.c``.
 
-    ``progress`` is called with the number of kernels compiled and of all.
+    ``progress`` is called with the number of kernels compiled and of all; by default a terminal is told.
 
     Raises:
         ImageError: see :func:`parse` and :func:`compile_kernel`.
@@ -430,8 +431,14 @@ def sources(
     selection = parse(images) if isinstance(images, str) else images
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    if progress is None and sys.stderr.isatty():
+        progress = _tell
     write(folder, selection, compile_all(selection, jobs, progress))
     return [folder / "cuda_images.S", folder / "cuda_table.c"]
+
+
+def _tell(done: int, of: int) -> None:
+    print(f"\rkernels compiled: {done} of {of}", end="\n" if done == of else "", file=sys.stderr, flush=True)
 
 
 def write(folder: Path, selection: Selection, built: list[tuple[Kernel, Image]]) -> None:

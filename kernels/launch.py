@@ -18,6 +18,7 @@ KERNELS = {
     "add_first": "rearrange",
     "previous_states": "rearrange",
     "keep_empty": "rearrange",
+    "zero_ends": "rearrange",
     "clamp_lengths": "rearrange",
 }
 

@@ -138,6 +138,27 @@ def keep_empty(
     tl.store(target_ptr + at, tl.load(source_ptr + at, mask=copied, other=0.0), mask=copied)
 
 
+@triton.jit(do_not_specialize=["T", "B", "W"])
+def zero_ends(
+    lengths_ptr,  # [B] int32
+    target_ptr,  # [T, B, W], out beyond the sequences' ends
+    T,
+    B,
+    W,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Zeros the steps beyond each sequence's end."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    k = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    t = row // B
+    length = tl.load(lengths_ptr + row % B, mask=t < T, other=0)
+    beyond = (t < T) & (t >= length)
+    zero = tl.zeros((ROWS, COLUMNS), target_ptr.dtype.element_ty)
+    at = row.to(tl.int64)[:, None] * W + k[None, :]
+    tl.store(target_ptr + at, zero, mask=beyond[:, None] & (k[None, :] < W))
+
+
 @triton.jit(do_not_specialize=["T", "B"])
 def clamp_lengths(
     lengths_ptr,  # [B] int32

@@ -28,12 +28,13 @@ typedef struct standin_launched {
     void *stream; size_t bytes; unsigned char parameters[512];
 } standin_launched;
 extern int standin_count, standin_major, standin_minor, standin_sms, standin_shared, standin_cooperative;
-extern int standin_capturing;
+extern int standin_capturing, standin_rejecting;
 extern int (*standin_launch)(const standin_launched *);
 long standin_calls(void); const char *standin_call(long); long standin_launches(void);
 const standin_launched *standin_launched_at(long); int standin_depth(void); void *standin_current(void);
 void standin_push(void *); void standin_pop(void); int standin_arena(void); size_t standin_arena_bytes(void);
-char *standin_base(void); void standin_fail(long, long); int standin_live(void); long standin_guards(uint64_t *, long);
+char *standin_base(void); void standin_forget(void); void standin_fail(long, long); int standin_live(void);
+long standin_guards(uint64_t *, long);
 void *standin_allocate(size_t); int standin_deallocate(void *);
 """
 
@@ -55,19 +56,22 @@ def make_standin(path: Path, *flags: str) -> Path:
     return path
 
 
-def make_library(folder: Path, images: str, driver: Path) -> Path:
-    """libtritlstm that opens ``driver`` for the NVIDIA driver."""
-    command = f"""cc '-DTRITLSTM_LIBCUDA="{driver}"'"""
-    return build.build(folder, command, "aot", images).library
-
-
 class World:
     """A library and its driver. ``built`` are its kernels."""
 
     def __init__(self, folder: Path, images: str):
         self.images = images
-        self.driver = ffi.dlopen(str(make_standin(folder / "standin.so")))
-        self.lib = ffi.dlopen(str(make_library(folder / "lib", images, folder / "standin.so")))
+        self.folder = folder
+        self.standin = make_standin(folder / "standin.so")
+        self.driver = ffi.dlopen(str(self.standin))
+        # A link: copies of the library are given another one, of a name as long.
+        self.link = folder / "driver-0.so"
+        self.link.symlink_to(self.standin)
+        self.copies = 0
+        command = f"""cc '-DTRITLSTM_LIBCUDA="{self.link}"'"""
+        self.package = build.build(folder / "lib", command, "aot", images)
+        self.library = self.package.library
+        self.lib = ffi.dlopen(str(self.library))
         self.built = aot.compile_all(aot.parse(images), 1)
         self.codes = {
             (image.ptx + b"\0" if kernel.family == "ptx" else image.code): (kernel, image)
@@ -80,13 +84,13 @@ class World:
         self.pretend()
 
     def pretend(self, major: int = 9, minor: int = 0, sms: int = 4, shared: int = 227 << 10, **other: int) -> None:
-        """The device, and none of the arrays of an earlier one; a handle that exists keeps the one it was made on. Launches run in the emulator."""
+        """Another device, and no arrays; a handle that exists keeps its own. Launches run in the emulator."""
         settings = {"major": major, "minor": minor, "sms": sms, "shared": shared, "count": 1, "cooperative": 1}
         for name, value in {**settings, **other}.items():
             setattr(self.driver, f"standin_{name}", value)
         while self.allocated:
             assert self.driver.standin_deallocate(self.allocated.pop()) == 0
-        self.driver.standin_capturing = 0
+        self.driver.standin_capturing = self.driver.standin_rejecting = 0
         self.driver.standin_launch = self._callback
         self.driver.standin_fail(0, 0)
         self.ran.clear()
@@ -94,6 +98,17 @@ class World:
     def skip_launches(self) -> None:
         """From now on launches are noted, and nothing runs."""
         self.driver.standin_launch = NULL
+
+    def fresh_library(self, driver: Path) -> Any:
+        """The library as another process would find it, not used yet, on a machine with ``driver``."""
+        self.copies += 1
+        link = self.folder / f"driver-{self.copies}.so"
+        link.symlink_to(driver)
+        copy = self.folder / f"libtritlstm-{self.copies}.so"
+        code = self.library.read_bytes()
+        assert code.count(bytes(self.link)) > 0
+        copy.write_bytes(code.replace(bytes(self.link), bytes(link)))
+        return ffi.dlopen(str(copy))
 
     # -- launches ----------------------------------------------------------------------------------------------
 

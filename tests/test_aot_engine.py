@@ -4,28 +4,32 @@ with torch in float64 and with the NumPy reference. Driver: tests/capi_hosts/sta
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from aot_world import DTYPES, World, ffi, pointer, pointers
+from aot_world import CPU, CUDA, DTYPES, HOSTS, NULL, World, ffi, pointer, pointers
 from torch import Tensor, nn
 
 from tritlstm import reference
+from tritlstm.capi import aot, build
 
-pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
-IMAGES = "sm_90,fp32,H32,persistent,step"
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
+    pytest.mark.timeout(600),  # a launch is many processes
+]
+#: In fp32 the planner takes the persistent tier, in 16-bit types the single block; and the step tier for one step.
+IMAGES = "sm_90,H32"
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(tmp_path_factory.mktemp("aot"), IMAGES)
-
-
-@pytest.fixture(scope="module")
-def half(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return World(tmp_path_factory.mktemp("aot-half"), "sm_90,fp16,bf16,H32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Case:
     batch_first: bool = False
     dtype: torch.dtype = torch.float32
     lengths: tuple[int, ...] | None = None
-    steps: int = 4
+    steps: int = 3
     batch: int = 3
     d: int = 5
     h: int = 20
@@ -118,7 +122,11 @@ class Problem:
         case = self.case
         world.pretend(sms=case.sms)
         lstm = world.create(self.weights(), **case.options)
-        x, grad_out = world.put(self.flip(self.x), offset), world.put(self.flip(self.grads["o"]), offset)
+        beyond = torch.zeros(case.steps, case.batch, 1, dtype=torch.bool)
+        if case.lengths is not None:  # what lies beyond the ends is nobody's business
+            beyond = (torch.arange(case.steps)[:, None] >= torch.tensor(case.lengths))[:, :, None]
+        ended = [None if v is None else v.masked_fill(beyond, torch.nan) for v in (self.x, self.grads["o"])]
+        x, grad_out = (world.put(self.flip(v), offset) for v in ended)
         h0, c0 = (world.put(v, offset) if case.states else None for v in (self.h0, self.c0))
         lengths = None if case.lengths is None else torch.tensor(case.lengths, dtype=torch.int32)
         # Beyond 0 ... T they are clamped; the last sequence is the longest.
@@ -174,16 +182,15 @@ def assert_within_budget(found: dict[str, np.ndarray], exact: dict[str, np.ndarr
 
 
 CASES = [
-    Case(),
     Case(h=32, d=8),  # no padding
-    Case(layers=2, lengths=(2, 0, 4), bias=False),
-    Case(layers=2, both=True, batch_first=True, lengths=(1, 0, 4)),
-    Case(proj=6, both=True, lengths=(3, 0, 4)),
-    Case(layers=2, proj=8, batch_first=True, bias=False),
-    Case(sms=1, both=True, lengths=(4, 2, 3)),  # two blocks do not fit at once: the step tier
+    Case(layers=2, lengths=(2, 0, 3), bias=False),
+    Case(layers=2, both=True, batch_first=True, lengths=(1, 0, 3)),
+    Case(proj=6, both=True, lengths=(2, 0, 3)),
+    Case(layers=2, proj=8, batch_first=True, bias=False, steps=2),
+    Case(sms=1, both=True, lengths=(3, 2, 3)),  # the blocks of an exchange do not fit at once: the step tier
     Case(steps=1, batch=17),
-    Case(states=False, upstream="hc"),
-    Case(proj=4, states=False, upstream="c"),
+    Case(states=False, upstream="hc", steps=2),
+    Case(proj=4, states=False, upstream="c", steps=2),
 ]
 
 
@@ -195,11 +202,12 @@ def test_outputs_and_every_gradient_match_torch(world: World, case: Case) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_sixteen_bit_types(half: World, dtype: torch.dtype) -> None:
-    case = Case(dtype=dtype, lengths=(4, 0, 3), layers=2)
+def test_sixteen_bit_types(world: World, dtype: torch.dtype) -> None:
+    case = Case(dtype=dtype, lengths=(3, 0, 2), layers=2)
     problem = Problem(case)
-    found = problem.by_library(half)
+    found = problem.by_library(world)
     assert_within_budget(found, problem.by_torch(torch.float64), problem.by_torch(dtype), dtype)
+    assert {kernel.plan.tier for kernel in world.ran if kernel.plan} == {"single"}
 
 
 def test_numpy_reference_and_arrays_that_are_aligned_to_an_element_only(world: World) -> None:
@@ -212,4 +220,202 @@ def test_numpy_reference_and_arrays_that_are_aligned_to_an_element_only(world: W
     values = [trace.h, trace.h_n[None], trace.c_n[None], g.x, g.h0[None], g.c0[None], g.w_ih, g.w_hh, g.b, g.b]
     exact = dict(zip(problem.names, values, strict=True))
     found = problem.by_library(world, offset=4)
+    assert {kernel.plan.tier for kernel in world.ran if kernel.plan} == {"persistent"}
     assert_within_budget(found, exact, problem.by_torch(torch.float32), torch.float32)
+
+
+def state_of(world: World, lstm: Any, batch: int) -> Any:
+    state = ffi.new("tritlstm_state **")
+    world.call("state_create", lstm, batch, state)
+    return ffi.gc(state[0], world.lib.tritlstm_state_destroy)
+
+
+@pytest.mark.parametrize("proj", [0, 6])
+def test_steps_carry_a_state(world: World, proj: int) -> None:
+    """Steps of a stream against torch over the whole sequence; resets, and states in and out, on the way."""
+    case = Case(layers=2, proj=proj, steps=4)
+    problem = Problem(case)
+    module, width = problem.module, proj or case.h
+    world.pretend()
+    lstm = world.create(problem.weights(), **case.options)
+    state = state_of(world, lstm, case.batch)
+    room = world.sizes(lstm, 1, case.batch, 0)[0]
+    workspace, out = world.empty(room, dtype=torch.uint8), world.empty(case.batch, width, dtype=torch.float32)
+    h, c = (
+        torch.zeros(2, case.batch, width, dtype=torch.float64),
+        torch.zeros(2, case.batch, case.h, dtype=torch.float64),
+    )
+    outs, expected = [], []
+    for t in range(case.steps):
+        if t == 2:  # sequence 1 begins anew
+            world.call("state_reset", state, ffi.new("uint8_t[]", [0, 1, 0]), NULL)
+            h[:, 1] = c[:, 1] = 0
+        if t == 3:  # ordinary memory
+            given = problem.h0.contiguous(), problem.c0.contiguous()
+            world.call("state_set", state, *map(pointer, given), CPU, NULL)
+            h, c = (v.double() for v in given)
+        x = world.put(problem.x[t])
+        world.call("step", state, pointer(x), pointer(out), pointer(workspace), room, NULL)
+        outs.append(out.clone().double())
+        with torch.no_grad():
+            o, (h, c) = module(problem.x[t : t + 1].double(), (h, c))
+        expected.append(o[0])
+    found = [torch.full_like(problem.h0, torch.nan), torch.full_like(problem.c0, torch.nan)]
+    world.call("state_get", state, *map(pointer, found), CPU, NULL)
+    there = world.empty(*problem.c0.shape, dtype=torch.float32)
+    world.call("state_get", state, NULL, pointer(there), CUDA, NULL)
+    assert torch.equal(there, found[1])
+    for ours, exact in ((torch.stack(outs), torch.stack(expected)), (found[0], h), (found[1], c)):
+        assert (ours.double() - exact).abs().max() < 2e-6
+
+    world.call("state_reset", state, NULL, NULL)
+    world.call("state_get", state, *map(pointer, found), CPU, NULL)
+    assert not any(v.any() for v in found)
+
+
+def test_weights_out_and_in(world: World) -> None:
+    case = Case(both=True, proj=6, steps=2)
+    first, second = Problem(case), Problem(dataclasses.replace(case, batch=4))
+    world.pretend()
+    lstm = world.create(first.weights(), **case.options)
+    out = [torch.full_like(w, torch.nan) for w in first.weights()]
+    world.call("get_weights", lstm, pointers(out), CPU, NULL)
+    assert all(torch.equal(a, b) for a, b in zip(out, first.weights(), strict=True))
+
+    # All but one from ordinary memory, that one from the device's.
+    given: list[Tensor | None] = [*second.weights()]
+    on_device = world.put(given[3])
+    given[3] = None
+    world.call("set_weights", lstm, ffi.cast("void **", pointers(given)), CPU, NULL)
+    alone: list[Tensor | None] = [None] * len(given)
+    alone[3] = on_device
+    world.call("set_weights", lstm, ffi.cast("void **", pointers(alone)), CUDA, NULL)
+    there = [world.empty(*w.shape, dtype=torch.float32) for w in first.weights()]
+    world.call("get_weights", lstm, pointers(there), CUDA, NULL)
+    assert all(torch.equal(a, b) for a, b in zip(there, second.weights(), strict=True))
+    found = forward(world, lstm, first.x, 12)
+    with torch.no_grad():
+        expected = second.module(first.x.double())[0]
+    assert (found.double() - expected).abs().max() < 2e-6
+
+
+def forward(world: World, lstm: Any, x: Tensor, width: int) -> Tensor:
+    t, b, _ = x.shape
+    room = world.sizes(lstm, t, b, 0)[0]
+    out, workspace = world.empty(t, b, width, dtype=torch.float32), world.empty(room, dtype=torch.uint8)
+    args = world.struct("forward_args", steps=t, batch=b, x=pointer(world.put(x)), out=pointer(out),
+                        workspace=pointer(workspace), workspace_bytes=room)  # fmt: skip
+    world.call("forward", lstm, args)
+    return out
+
+
+def test_initial_weights_are_those_of_the_host_path(world: World) -> None:
+    world.pretend()
+    found = []
+    for device in (CPU, CUDA):
+        given = world.struct("options", device=device, input_size=3, hidden_size=5, seed=7)
+        handle = ffi.new("tritlstm **")
+        world.call("create", given, NULL, handle)
+        weights = [torch.full(shape, torch.nan) for shape in ((20, 3), (20, 5), (20,), (20,))]
+        world.call("get_weights", handle[0], pointers(weights), CPU, NULL)
+        world.lib.tritlstm_destroy(handle[0])
+        found.append(weights)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert all(0.3 < w.abs().max() <= 5**-0.5 for w in found[0])
+
+
+def test_final_states_may_replace_the_initial_ones(world: World) -> None:
+    case = Case(both=True, proj=6, steps=2)
+    problem = Problem(case)
+    world.pretend()
+    lstm = world.create(problem.weights(), **case.options)
+    h, c, x = world.put(problem.h0), world.put(problem.c0), world.put(problem.x)
+    out = world.empty(2, case.batch, 12, dtype=torch.float32)
+    room = world.sizes(lstm, 2, case.batch, 0)[0]
+    workspace = world.empty(room, dtype=torch.uint8)
+    args = world.struct("forward_args", steps=2, batch=case.batch, x=pointer(x), out=pointer(out), h0=pointer(h),
+                        c0=pointer(c), h_n=pointer(h), c_n=pointer(c), workspace=pointer(workspace),
+                        workspace_bytes=room)  # fmt: skip
+    world.call("forward", lstm, args)
+    with torch.no_grad():
+        _, (h_n, c_n) = problem.module(problem.x.double(), (problem.h0.double(), problem.c0.double()))
+    assert (h.double() - h_n).abs().max() < 2e-6
+    assert (c.double() - c_n).abs().max() < 2e-6
+
+
+def test_the_tests_can_fail(world: World) -> None:
+    """What this file proves hangs on the launches: without them nothing is right."""
+    problem = Problem(Case(steps=1, h=32, d=8))
+    found = problem.by_library(world)
+    kernels = {kernel.launch.kernel for kernel in world.ran}
+    assert {kernel.plan.tier for kernel in world.ran if kernel.plan} == {"step"}
+    assert kernels >= {"product", "recurrent_forward", "recurrent_backward", "rearrange", "previous_states"}
+    exact, own = problem.by_torch(torch.float64), problem.by_torch(torch.float32)
+    found["weight_hh_l0"][3, 4] += 1e-4
+    with pytest.raises(AssertionError, match="weight_hh_l0: error"):
+        assert_within_budget(found, exact, own, torch.float32)
+
+
+# -- a plain C host -----------------------------------------------------------------------------------------------
+
+
+def compile_host(folder: Path, built: build.Built) -> Path:
+    host = folder / "cuda_host"
+    flags = ["-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror"]
+    command = ["cc", *flags, str(HOSTS / "cuda_host.c"), *built.flags(), "-ldl", "-o", str(host)]
+    subprocess.run(command, check=True)
+    return host
+
+
+def by_host(host: Path, problem: Problem, folder: Path, **environment: str) -> tuple[dict[str, np.ndarray], str]:
+    case = problem.case
+    sizes = [case.d, case.h, case.layers, case.both, case.bias, case.proj, DTYPES[case.dtype], case.steps, case.batch]
+    arrays = [*problem.weights(), problem.x, problem.h0, problem.c0, *problem.grads.values()]
+    (folder / "problem").write_bytes(
+        np.array(sizes, np.int64).tobytes() + b"".join(a.contiguous().view(torch.uint8).numpy() for a in arrays)
+    )
+    run = subprocess.run(
+        [str(host), str(folder / "problem"), str(folder / "result")], env={**os.environ, **environment}, text=True,
+        capture_output=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    result = torch.from_numpy(np.fromfile(folder / "result", np.uint8))
+    shapes = [problem.grads["o"].shape, problem.h0.shape, problem.c0.shape, problem.x.shape, problem.h0.shape,
+              problem.c0.shape, *(w.shape for w in problem.weights())]  # fmt: skip
+    found, at = {}, 0
+    for name, shape in zip(problem.names, shapes, strict=True):
+        end = at + math.prod(shape) * case.dtype.itemsize
+        found[name] = result[at:end].clone().view(case.dtype).view(shape).double().numpy()
+        at = end
+    assert at == result.numel()
+    return found, run.stdout
+
+
+def test_a_plain_c_host_gets_as_far_as_the_driver_lets_it(world: World, tmp_path: Path) -> None:
+    """The host of the test below, on the stand-in, where no launch computes anything: it runs to its end."""
+    (tmp_path / "driver").mkdir()
+    (tmp_path / "driver" / "libcuda.so.1").symlink_to(world.standin)
+    host = compile_host(tmp_path, world.package)
+    found, text = by_host(host, Problem(Case(proj=6)), tmp_path, LD_LIBRARY_PATH=str(tmp_path / "driver"))
+    assert "images: machine code (cubin) of sm_90" in text
+    assert "hidden size: 20 runs in kernels of 32, padded with zeros" in text
+    assert "backward: persistent, exchange flag" in text
+    assert np.isnan(found["out"]).all()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_plain_c_host_on_this_gpu(dtype: torch.dtype, tmp_path: Path) -> None:
+    family = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    word = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+    images = f"{family if family in aot.FAMILIES else 'ptx'},{word},H128,H512"
+    host = compile_host(tmp_path, build.build(tmp_path / "lib", None, "aot", images))
+    for case in (
+        Case(dtype=dtype, d=40, h=100, steps=30, batch=20, layers=2, both=True),
+        Case(dtype=dtype, d=512, h=512, steps=50, batch=16),
+        Case(dtype=dtype, d=33, h=500, steps=10, batch=40, proj=100),
+    ):
+        problem = Problem(case)
+        found, text = by_host(host, problem, tmp_path)
+        print(text)
+        assert_within_budget(found, problem.by_torch(torch.float64), problem.by_torch(dtype), dtype)

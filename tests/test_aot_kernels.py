@@ -119,6 +119,12 @@ def test_first_steps_and_the_states_before(reverse: int) -> None:
     run("keep_empty", (2, 2), BLOCKS, source_ptr=addend, lengths_ptr=lengths, target_ptr=kept, B=b, W=w)
     assert torch.equal(kept, torch.where((lengths == 0)[:, None], addend, h0))
 
+    ended = h.clone()
+    ended[1:, 1:2] = torch.nan
+    run("zero_ends", (5, 2), BLOCKS, lengths_ptr=lengths, target_ptr=ended, T=t, B=b, W=w)
+    active = (torch.arange(t)[:, None] < lengths)[:, :, None]
+    assert torch.equal(ended, torch.where(active, h, 0.0))
+
 
 def test_clamp_lengths() -> None:
     lengths, out = torch.tensor([-3, 0, 2, 9], dtype=torch.int32), torch.full((4,), 77, dtype=torch.int32)

@@ -88,8 +88,9 @@ def test_c_chooses_as_python_does(c: Any, built: list[aot.Kernel], family: str) 
                             if best is None:
                                 assert ours == ffi.NULL
                                 continue
-                            expected = (best.tier, best.block_h, best.block_b, best.parts, best.num_warps, best.n_blocks,
-                                        best.resident, best.chunks, best.n_groups)  # fmt: skip
+                            p = best
+                            expected = (p.tier, p.block_h, p.block_b, p.parts, p.num_warps, p.n_blocks, p.resident,
+                                        p.chunks, p.n_groups)  # fmt: skip
                             groups = c.tritlstm_cuda_groups(ours, device.sms, batch)
                             assert described(ours, groups) == expected, (device, dtype, hidden, direction, batch, alone)
                             time = c.tritlstm_cuda_predicted(ours, limits, batch, alone)

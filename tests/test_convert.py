@@ -181,11 +181,23 @@ class TestOnnxWeights:
         np.testing.assert_allclose(time_first(module, module(x)[0]), expected, rtol=1e-10, atol=1e-10)
         assert_equal_modules(convert.from_onnx(layers, batch_first=module.batch_first), module)
 
-    def test_peepholes(self):
-        (layer,) = convert.to_onnx(draw({})[0])
-        assert_equal_modules(convert.from_onnx([{**layer, "P": np.zeros((1, 3 * H))}]), draw({})[0])
-        with pytest.raises(ValueError, match="the peepholes P of layer 0 are not zero"):
-            convert.from_onnx([{**layer, "P": np.ones((1, 3 * H))}])
+    def test_peepholes_are_their_formula_there_and_back(self):
+        module, x = draw({"peephole": True, "bidirectional": True})
+        (layer,) = convert.to_onnx(module)
+        outs = []
+        for k, values in enumerate((x.numpy(), x.numpy()[::-1])):
+            p_i, p_o, p_f = np.split(layer["P"][k], 3)
+            h = c = np.zeros((B, H))
+            out = []
+            for row in values:
+                products = row @ layer["W"][k].T + h @ layer["R"][k].T + sum(np.split(layer["B"][k], 2))
+                i, o, f, g = np.split(products, 4, -1)
+                c = sigmoid(f + p_f * c) * c + sigmoid(i + p_i * c) * np.tanh(g)
+                h = sigmoid(o + p_o * c) * np.tanh(c)
+                out.append(h)
+            outs.append(np.stack(out)[:: -1 if k else 1])
+        np.testing.assert_allclose(module(x)[0].detach().numpy(), np.concatenate(outs, -1), rtol=1e-10, atol=1e-10)
+        assert_equal_modules(convert.from_onnx([layer]), module)
 
     def test_errors(self):
         (layer,) = convert.to_onnx(draw({})[0])
@@ -193,13 +205,72 @@ class TestOnnxWeights:
             convert.from_onnx([{**layer, "initial_h": None}])
         with pytest.raises(ValueError, match=r"alike in all layers, got \[1, 2\] directions"):
             convert.from_onnx([layer, {"W": np.zeros((2, 4 * H, H)), "R": np.zeros((2, 4 * H, H))}])
+        with pytest.raises(ValueError, match="all layers need peepholes P or none; zeros stand for none"):
+            convert.from_onnx([layer, {**convert.to_onnx(tritlstm.LSTM(H, H))[0], "P": np.zeros((1, 3 * H))}])
         with pytest.raises(ValueError, match=r"only torch's LSTM has a projection, got proj_size = 3"):
             convert.to_onnx(tritlstm.LSTM(D, H, proj_size=3))
         with pytest.raises(ValueError, match=r"no bfloat16, got a module of it; convert it first: module\.float\(\)"):
             convert.to_onnx(tritlstm.LSTM(D, H, dtype=torch.bfloat16))
 
 
+class TestVariants:
+    def test_layers_of_different_sizes(self):
+        module, x = draw({})
+        module = tritlstm.LSTM(D, [H, 5], bidirectional=True, dtype=torch.float64)
+        layers = convert.to_keras(module)
+        made = convert.from_keras(layers, bidirectional=True, batch_first=False)
+        assert made.hidden_sizes == (H, 5)
+        np.testing.assert_allclose(
+            made(x)[0].detach().numpy(), walk_layers(x.numpy(), layers, "ifgo", True), rtol=1e-10
+        )
+        with pytest.raises(ValueError, match=r"layers have one size, got hidden_size=\[6, 5\]"):
+            convert.to_torch(module)
+        with pytest.raises(ValueError, match=r"need layers of one size, got hidden_size=\[6, 5\]; make a model"):
+            convert.export_onnx(module)
+
+    def test_heads_become_zeros(self):
+        module, x = draw({"num_heads": 2, "recurrent_dropout": 0.3})
+        ((_, recurrent, _),) = layers = convert.to_keras(module)
+        assert recurrent.shape == (H, 4 * H)
+        assert np.count_nonzero(recurrent) == recurrent.size // 2
+        expected = walk_layers(x.numpy(), layers, "ifgo", False)
+        np.testing.assert_allclose(module.eval()(x)[0].detach().numpy(), expected, rtol=1e-10)
+
+    @pytest.mark.parametrize("convert_", [convert.to_keras, convert.to_haste, convert.to_onnx, convert.to_torch])
+    @pytest.mark.parametrize("option", [{"zoneout": 0.25}, {"cell_clip": 2.0}, {"layer_norm": True}], ids=str)
+    def test_what_has_no_form_there_is_refused(self, option, convert_):
+        (name,) = option
+        with pytest.raises(ValueError, match=rf"{convert_.__name__}: that form has no {name}="):
+            convert_(tritlstm.LSTM(D, H, **option))
+        with pytest.raises(ValueError, match="that form has no peephole=True and no coupled=True"):
+            convert.to_keras(tritlstm.LSTM(D, H, peephole=True, coupled=True))
+
+
 class TestOnnxModel:
+    @pytest.mark.parametrize(
+        "variant",
+        [
+            {"peephole": True},
+            {"coupled": True},
+            {"peephole": True, "coupled": True, "bidirectional": True, "num_layers": 2},
+            {"activations": ("hard_sigmoid", "softsign", "relu"), "bidirectional": True},
+            {"num_heads": 3},
+        ],
+        ids=str,
+    )
+    def test_variants_in_onnx_runtime(self, variant, tmp_path):
+        runtime = pytest.importorskip("onnxruntime", reason="pip install onnxruntime")
+        module, x = draw(variant, torch.float32)
+        convert.export_onnx(module, tmp_path / "lstm.onnx")
+        session = runtime.InferenceSession(tmp_path / "lstm.onnx")
+        got = session.run(None, {"input": x.numpy()})
+        out, states = module(x)
+        for mine, theirs in zip((out, *states), got, strict=True):
+            np.testing.assert_allclose(theirs, mine.detach().numpy(), rtol=1e-4, atol=1e-5)
+        options = module.cell_options
+        again = convert.from_onnx(convert.to_onnx(module), coupled=options.coupled, activations=options.activations)
+        torch.testing.assert_close(again(x), module(x), rtol=1e-5, atol=1e-6)
+
     @pytest.mark.parametrize("states", [False, True], ids=["", "states"])
     @pytest.mark.parametrize("lengths", [False, True], ids=["", "lengths"])
     @kinds

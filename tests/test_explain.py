@@ -198,6 +198,7 @@ def test_the_words() -> None:
     module, x = lstm(num_layers=3, bidirectional=True, proj_size=8), torch.randn(T, B, D)
     with emulator.emulate(sms=12, shared_bytes=100 << 10):
         told = tritlstm.explain(module, x)
+        gemm = plan.gate_gemm(T * B, D, H, torch.float32, plan.device_of(x))
     lines = str(told).splitlines()
     assert lines[:4] == [
         "path: kernels (Triton kernels)",
@@ -219,7 +220,9 @@ def test_the_words() -> None:
             other = choice.tiers[tier]
             words = other if isinstance(other, str) else f"predicted {other.us_per_step:.2f} us a step"
             assert line == f"    not {tier}: {words}"
-    assert lines[-4:] == [
+    assert lines[-5:] == [
+        "note: the product of input and weights in tiles of "
+        f"{gemm.block_m} rows, {gemm.block_n} gates, {gemm.block_k} deep",
         "note: layers and directions run one after another",
         "note: projection is folded into w_hh, so the recurrence runs at the full width H",
         "note: derivatives of a gradient and forward-mode ones run in plain PyTorch operators",

@@ -116,16 +116,17 @@ class TestValues:
         torch.testing.assert_close(nn.utils.rnn.pad_packed_sequence(packed)[0], out, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(states_packed, states, rtol=1e-10, atol=1e-10)
 
-    def test_what_stands_in_the_padding_has_no_influence(self, path):
+    @pytest.mark.parametrize("padding", [1e3, torch.nan, -torch.inf], ids=str)
+    def test_what_stands_in_the_padding_has_no_influence(self, padding, path):
         module, x, hx = draw({"num_layers": 2, "bidirectional": True})
         other = x.clone()
         for b, n in enumerate(LENGTHS):
-            other[n:, b] = 1e3
-        leaves = list(module.parameters())
-        results = [
-            with_gradients((out, *states), leaves)
-            for out, states in (module(value, hx, lengths=LENGTHS) for value in (x, other))
-        ]
+            other[n:, b] = padding
+        results = []
+        for value in (x, other):
+            leaves = [value.requires_grad_(), *module.parameters()]
+            out, states = module(value, hx, lengths=LENGTHS)
+            results.append(with_gradients((out, *states), leaves))
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
     def test_the_functional_form(self, path):
@@ -201,6 +202,11 @@ class TestKernels:
         with kernels():
             out, states = mine(leaves[0], tuple(leaves[1:]), lengths=torch.tensor(LENGTHS, device=DEVICE))
             got = with_gradients((out, *states), [*leaves, *mine.parameters()])
+            for b, n in enumerate(LENGTHS):
+                leaves[0].data[n:, b] = torch.nan
+            out, states = mine(leaves[0], tuple(leaves[1:]), lengths=torch.tensor(LENGTHS, device=DEVICE))
+            again = with_gradients((out, *states), [*leaves, *mine.parameters()])
+        assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
         for value, other, reference in zip(got, theirs, expected, strict=True):
             error, torch_error = ((v.detach().double().cpu() - reference).abs().max() for v in (value, other))
             rounding = reference.abs().max() * torch.finfo(dtype).eps / 2

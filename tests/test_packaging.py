@@ -304,6 +304,17 @@ def test_ci_calls_make_test():
 # -- the suite's own settings -------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, on which it would run everything")
+def test_what_wants_a_gpu_says_what_is_missing(tmp_path):
+    environment = dict(os.environ, PYTHON=sys.executable)
+    told = {"": "Everything that wants a GPU", str(tmp_path / "out"): "torch finds no CUDA device here"}
+    for folder, says in told.items():
+        command = [ROOT / ".ci" / "gpu", *([folder] if folder else [])]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert says in done.stderr
+
+
 def test_empty_tensors_are_filled_with_nan():
     for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         assert torch.empty(7, dtype=dtype).isnan().all()

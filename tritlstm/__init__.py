@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from .explanation import explain
     from .functional import lstm
     from .module import LSTM, LSTMCell, swap
+    from .streaming import chunks
+    from .tracing import plot_gates, trace
 
-__all__ = ["LSTM", "LSTMCell", "__version__", "explain", "lstm", "swap"]
+__all__ = ["LSTM", "LSTMCell", "__version__", "chunks", "explain", "lstm", "plot_gates", "swap", "trace"]
 
 _HOME = {
     "LSTM": "module",
@@ -24,6 +26,9 @@ _HOME = {
     "swap": "module",
     "lstm": "functional",
     "explain": "explanation",
+    "chunks": "streaming",
+    "trace": "tracing",
+    "plot_gates": "tracing",
 }
 _SUBMODULES = frozenset({"capi", "convert", "emulator", "functional", "kernels", "ops", "plan", "reference"})
 

@@ -13,8 +13,10 @@ input features, H units and S directions, for one layer:
     =========  ===========  ================  ==================  ===========================
 
 (g is also called c: the cell's input.) Where a library has one bias, it becomes b_ih and b_hh is zero; the other way
-the two are added. Values are copied, in the dtype they have. None but torch has a projection. What is asked for and
-cannot be expressed raises ValueError.
+the two are added. Values are copied, in the dtype they have. None but torch has a projection; ONNX alone has
+peepholes, coupled gates and other activations. Heads (`num_heads`) become the zeros that they stand for, and
+recurrent and weight dropout, which act in training only, are left out. Whatever else of a module can't be expressed
+raises ValueError.
 
 Sources: the documentation of `keras.layers.LSTM` (Keras 3), of the operator `LSTM` (ONNX, opset 14), and the module
 `haste_pytorch.LSTM` (Haste 0.4).
@@ -30,7 +32,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .cell_options import CellOptions
 from .module import LSTM
+from .variants import dense_heads
 
 __all__ = [
     "export_onnx", "from_haste", "from_keras", "from_onnx", "from_torch", "to_haste", "to_keras", "to_onnx", "to_torch",
@@ -41,6 +45,7 @@ Direction = list[Tensor]
 Array = Any  # what torch.as_tensor takes
 
 _ARGUMENTS = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional", "proj_size")
+_IN_TRAINING_ONLY = ("recompute", "recurrent_dropout", "weight_dropout")
 
 
 def from_torch(module: nn.LSTM) -> LSTM:
@@ -51,8 +56,11 @@ def from_torch(module: nn.LSTM) -> LSTM:
 
 
 def to_torch(module: LSTM) -> nn.LSTM:
-    """A new `torch.nn.LSTM` with the weights and settings of `module`."""
+    """A new `torch.nn.LSTM` with the weights and settings of `module`, which must not be a variant."""
     _expect_lstm("to_torch", module)
+    _refuse_variant("to_torch", module, ("recompute",))
+    if module.hidden_sizes is not None:
+        raise ValueError(f"to_torch: nn.LSTM's layers have one size, got hidden_size={list(module.hidden_sizes)}")
     return _copy(module, nn.LSTM)
 
 
@@ -94,45 +102,67 @@ def to_haste(module: LSTM) -> list[list[np.ndarray]]:
     return layers
 
 
-def from_onnx(layers: Sequence[Mapping[str, Array]], *, batch_first: bool = False) -> LSTM:
+def from_onnx(
+    layers: Sequence[Mapping[str, Array]],
+    *,
+    batch_first: bool = False,
+    coupled: bool = False,
+    activations: Sequence[str] | None = None,
+) -> LSTM:
     """A module of the weights of ONNX `LSTM` nodes.
 
     Args:
         layers: for each node, from the input on, its inputs by the operator's names: `W`, `R`, and where the node has
             them `B` and `P`. Two directions where their first dimension is 2.
         batch_first: of the module; the operator's own order is [T, B, D].
+        coupled: the nodes' attribute `input_forget`.
+        activations: the nodes' first three, in lower case with underscores, as in `tritlstm.LSTM`; default the
+            operator's own.
 
-    Only nodes with the default activations, without `clip` and without `input_forget` compute the same. Raises
-    ValueError where peepholes `P` are not zero, and for shapes that do not fit.
+    Nodes with the attribute `clip` compute something else. Peepholes `P` make a module with `peephole=True`. Raises
+    ValueError for shapes that do not fit.
     """
     directions = {len(layer["W"]) for layer in layers}
     if len(directions) != 1 or not directions <= {1, 2}:
         raise ValueError(
             f"from_onnx: W must be [1 or 2, 4H, D], alike in all layers, got {sorted(directions)} directions"
         )
-    parts = []
+    parts, peepholes = [], []
     for number, layer in enumerate(layers):
         unknown = set(layer) - {"W", "R", "B", "P"}
         if unknown:
             raise ValueError(f"from_onnx: layer {number} has {sorted(unknown)}; it takes W, R, B and P")
-        if layer.get("P") is not None and torch.as_tensor(layer["P"]).count_nonzero() > 0:
-            raise ValueError(f"from_onnx: the peepholes P of layer {number} are not zero, and nn.LSTM's form has none")
         for k in range(len(layer["W"])):
             weights = [torch.as_tensor(layer[name][k]) for name in ("W", "R")]
             if layer.get("B") is not None:
                 weights += torch.as_tensor(layer["B"][k]).chunk(2)
             parts.append([_reorder("from_onnx", w, "iofg", "ifgo") for w in weights])
-    return _build("from_onnx", parts, directions == {2}, batch_first)
+            if layer.get("P") is not None:
+                peepholes.append(_reorder("from_onnx", torch.as_tensor(layer["P"][k]), "iof", "ifo"))
+    if len(peepholes) not in (0, len(parts)):
+        raise ValueError("from_onnx: all layers need peepholes P or none; zeros stand for none")
+    variant = {"peephole": bool(peepholes), "coupled": coupled, "activations": activations}
+    module = _build("from_onnx", parts, directions == {2}, batch_first, **variant)
+    for name, value in zip(_peepholes(module), peepholes, strict=True):
+        _copy_into("from_onnx", module, name, value)
+    return module
 
 
 def to_onnx(module: LSTM) -> list[dict[str, np.ndarray]]:
-    """For each layer the inputs `W`, `R` and, with biases, `B` of an ONNX `LSTM`; the inverse of `from_onnx`."""
+    """For each layer the inputs `W`, `R` and, where the module has them, `B` and `P` of an ONNX `LSTM` node.
+
+    The inverse of `from_onnx`. Coupled gates and activations are attributes of a node: see `export_onnx`.
+    """
     layers = []
-    for directions in _directions("to_onnx", module):
+    allowed = ("peephole", "coupled", "activations")
+    peepholes = iter([getattr(module, name).detach() for name in _peepholes(module)])
+    for directions in _directions("to_onnx", module, allowed):
         ordered = [[_reorder("to_onnx", w, "ifgo", "iofg") for w in weights] for weights in directions]
         layer = {"W": [w[0] for w in ordered], "R": [w[1] for w in ordered]}
         if module.bias:
             layer["B"] = [torch.cat(w[2:]) for w in ordered]
+        if module.cell_options.peephole:
+            layer["P"] = [_reorder("to_onnx", next(peepholes), "ifo", "iof") for _ in directions]
         layers.append({name: _numpy("to_onnx", torch.stack(values)) for name, values in layer.items()})
     return layers
 
@@ -156,7 +186,8 @@ def export_onnx(
 
     Raises:
         ImportError: the package onnx is missing; `pip install 'tritlstm[onnx]'`.
-        ValueError: the module has a projection or bfloat16 parameters, or `opset` is below 14.
+        ValueError: the module has a projection, layers of different sizes, bfloat16 parameters or a variant that
+            ONNX does not know, or `opset` is below 14.
     """
     try:
         import onnx
@@ -165,6 +196,11 @@ def export_onnx(
     if opset < 14:
         raise ValueError(f"export_onnx: opset must be at least 14, got {opset}")
     weights = to_onnx(module)
+    if module.hidden_sizes is not None:
+        raise ValueError(
+            f"export_onnx: h_n and c_n need layers of one size, got hidden_size={list(module.hidden_sizes)}; "
+            "make a model of the weights of to_onnx"
+        )
     graph = _Graph(module, weights, lengths, states)
     return graph.model(onnx, opset, path)
 
@@ -201,12 +237,18 @@ class _Graph:
         self.constants.update({f"{name}_{k}": value for name, value in weights.items()})
         inputs = [
             x, f"W_{k}", f"R_{k}", f"B_{k}" if "B" in weights else "", "lengths" if self.lengths else "",
-            *((f"h_0_{k}", f"c_0_{k}") if self.states else ()),
+            *((f"h_0_{k}", f"c_0_{k}") if self.states else ("", "")), f"P_{k}" if "P" in weights else "",
         ]  # fmt: skip
         while not inputs[-1]:
             inputs.pop()
         direction = "bidirectional" if self.module.bidirectional else "forward"
-        attributes = {"hidden_size": self.module.hidden_size, "direction": direction}
+        options = self.module.cell_options
+        attributes: dict[str, Any] = {"hidden_size": self.module.hidden_size, "direction": direction}
+        if options.coupled:
+            attributes["input_forget"] = 1
+        if options.activations != CellOptions.activations:
+            names = ["".join(part.title() for part in name.split("_")) for name in options.activations]
+            attributes["activations"] = names * (1 + self.module.bidirectional)
         self.nodes.append(("LSTM", inputs, [f"y_{k}", f"h_n_{k}", f"c_n_{k}"], attributes))
         together = self._node("Transpose", [f"y_{k}"], f"by_batch_{k}", perm=[0, 2, 1, 3])  # [T, S, B, H]: [T, B, S, H]
         return self._node("Reshape", [together, "joined"], f"output_{k}")
@@ -244,10 +286,25 @@ class _Graph:
 
 def _copy(module: nn.RNNBase, kind: type) -> Any:
     arguments = {name: getattr(module, name) for name in _ARGUMENTS}
+    if isinstance(module, LSTM) and (module.cell_options.changed or module.hidden_sizes):
+        changed = [*module.cell_options.changed] or ["sizes of its own for each layer"]
+        raise ValueError(f"the module has {' and '.join(changed)}, which nn.LSTM does not have")
     weight = module.weight_ih_l0
     copied = kind(**arguments, device=weight.device, dtype=weight.dtype)
     copied.load_state_dict({name: getattr(module, name) for name in copied.state_dict()})
     return copied.train(module.training)
+
+
+def _refuse_variant(who: str, module: LSTM, allowed: Sequence[str]) -> None:
+    foreign = [f"{name}={value}" for name, value in module.cell_options.changed.items() if name not in allowed]
+    if foreign:
+        raise ValueError(f"{who}: that form has no {' and no '.join(foreign)}; only a module without can be converted")
+
+
+def _peepholes(module: LSTM) -> list[str]:
+    if not getattr(module, "cell_options", CellOptions()).peephole:
+        return []
+    return [f"weight_ch_{suffix}" for suffix in module._suffixes()]
 
 
 def _expect_lstm(who: str, module: Any) -> None:
@@ -255,13 +312,18 @@ def _expect_lstm(who: str, module: Any) -> None:
         raise TypeError(f"{who} takes a tritlstm.LSTM, got {type(module).__name__}; see tritlstm.convert.from_torch")
 
 
-def _directions(who: str, module: LSTM) -> list[list[Direction]]:
+def _directions(who: str, module: LSTM, allowed: Sequence[str] = ()) -> list[list[Direction]]:
     """The weights by layer and direction, without their graph."""
     _expect_lstm(who, module)
+    beyond = [*module.cell_options.changed, *(["sizes of its own for each layer"] if module.hidden_sizes else [])]
+    if beyond:
+        raise ValueError(f"{who}: the module has {' and '.join(beyond)}, which the other form does not take from here")
     if module.proj_size:
         raise ValueError(f"{who}: only torch's LSTM has a projection, got proj_size = {module.proj_size}")
-    each = 2 + 2 * module.bias
+    _refuse_variant(who, module, (*_IN_TRAINING_ONLY, "num_heads", *allowed))
+    each, heads = 2 + 2 * module.bias, module.cell_options.num_heads
     weights = [getattr(module, name).detach() for name in module._flat_weights_names]
+    weights = [dense_heads(w, heads) if k % each == 1 and heads > 1 else w for k, w in enumerate(weights)]
     parts = [weights[k : k + each] for k in range(0, len(weights), each)]
     directions = 1 + module.bidirectional
     return [parts[k : k + directions] for k in range(0, len(parts), directions)]
@@ -300,13 +362,14 @@ def _to_kernels(who: str, module: LSTM, order: str) -> list[list[np.ndarray]]:
     return layers
 
 
-def _build(who: str, parts: list[Direction], bidirectional: bool, batch_first: bool) -> LSTM:
+def _build(who: str, parts: list[Direction], bidirectional: bool, batch_first: bool, **variant: Any) -> LSTM:
     if not parts:
         raise ValueError(f"{who} needs the weights of at least one layer, got none")
     w_ih = parts[0][0]
+    sizes = [part[0].size(0) // 4 for part in parts[:: 1 + bidirectional]]
     module = LSTM(
-        w_ih.size(1), w_ih.size(0) // 4, len(parts) // (1 + bidirectional), len(parts[0]) == 4, batch_first,
-        bidirectional=bidirectional, dtype=w_ih.dtype,
+        w_ih.size(1), sizes[0] if len(set(sizes)) == 1 else sizes, len(sizes), len(parts[0]) == 4, batch_first,
+        bidirectional=bidirectional, dtype=w_ih.dtype, **variant,
     )  # fmt: skip
     names, values = module._flat_weights_names, [w for part in parts for w in part]
     if len(names) != len(values):
@@ -314,19 +377,25 @@ def _build(who: str, parts: list[Direction], bidirectional: bool, batch_first: b
             f"{who}: all layers need a bias or none, got {len(values)} tensors for {len(names)} parameters"
         )
     for name, value in zip(names, values, strict=True):
-        parameter = getattr(module, name)
-        if parameter.shape != value.shape:
-            raise ValueError(f"{who}: {name} must be {list(parameter.shape)}, got {list(value.shape)}")
-        with torch.no_grad():
-            parameter.copy_(value)
+        _copy_into(who, module, name, value)
     return module
 
 
+def _copy_into(who: str, module: LSTM, name: str, value: Tensor) -> None:
+    parameter = getattr(module, name)
+    if parameter.shape != value.shape:
+        raise ValueError(f"{who}: {name} must be {list(parameter.shape)}, got {list(value.shape)}")
+    with torch.no_grad():
+        parameter.copy_(value)
+
+
 def _reorder(who: str, weight: Tensor, source: str, target: str) -> Tensor:
-    """[4H, ...] with the gates in the order `source` to the order `target`."""
-    if weight.dim() == 0 or weight.size(0) % 4:
-        raise ValueError(f"{who}: weights hold four gates, so a multiple of 4 rows, got shape {list(weight.shape)}")
-    gates = dict(zip(source, weight.chunk(4), strict=True))
+    """[4H, ...] (peepholes: [3H]) with the gates in the order `source` to the order `target`."""
+    count = len(source)
+    if weight.dim() == 0 or weight.size(0) % count:
+        held = f"{count} gates, so a multiple of {count} rows"
+        raise ValueError(f"{who}: weights hold {held}, got shape {list(weight.shape)}")
+    gates = dict(zip(source, weight.chunk(count), strict=True))
     return torch.cat([gates[gate] for gate in target])
 
 

@@ -193,7 +193,11 @@ def _kernels(
     count = getattr(module, "num_layers", 1)
     directions = 1 + bool(getattr(module, "bidirectional", False))
     name = "the layer" if count * directions == 1 else f"each of {count} layer(s) x {directions} direction(s)"
-    notes = ["layers and directions run one after another"] if count * directions > 1 else []
+    gemm = plan.gate_gemm(length * batch, sizes["D"], hidden, data.dtype, device, precision)
+    tile = f"{gemm.block_m} rows, {gemm.block_n} gates, {gemm.block_k} deep"
+    notes = [f"the product of input and weights in tiles of {tile}"]
+    if count * directions > 1:
+        notes.append("layers and directions run one after another")
     if getattr(module, "proj_size", 0):
         notes.append("projection is folded into w_hh, so the recurrence runs at the full width H")
     if training:

@@ -60,7 +60,7 @@ def lstm(
         lengths: [B] integers from 0 to T, a tensor on any device or a sequence of ints, in any order; None for T
             everywhere. Outputs at positions t >= lengths[b] are zero, the reverse direction starts at a
             sequence's own end, h_n and c_n are the states there (a sequence of length 0 keeps its initial
-            ones), and no gradient reaches the padding, which may hold any finite values. On the CPU values
+            ones), and the padding has no influence and gets no gradient, whatever it holds. On the CPU values
             out of range raise. A tensor on another device is not read by the host, which would wait for the
             device: there values below 0 count as 0 and values above T as T; so they do where torch.compile,
             torch.export or a torch.func transform traces the call.
@@ -314,6 +314,9 @@ def _run_lengths(
     if extras is not None or not packs(x):
         steps = x.transpose(0, 1) if options.batch_first else x
         ends = lengths.long().clamp(0, steps.size(0)).to(x.device, torch.int32, non_blocking=True)
+        # The kernels skip the padding, but the product of w_ih's gradient would meet a NaN or an infinity in it.
+        inside = torch.arange(steps.size(0), device=x.device)[:, None] < ends
+        steps = torch.where(inside[..., None], steps, 0)
         out, h_n, c_n = run_layers(steps, ends, hx, weights, options, extras)
         return out.transpose(0, 1) if options.batch_first else out, h_n, c_n
     lengths, order = lengths.cpu().long().clamp(0, x.size(1 - batch_dim)).sort(descending=True)

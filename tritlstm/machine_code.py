@@ -139,6 +139,14 @@ class Code:
         return [tuple(s for s in self._successors(at) if s < end) for at in range(end)]
 
     @functools.cached_property
+    def _flow(self) -> list[tuple[int, ...]]:
+        """The edges, and those from calls to what is called: ptxas moves parts of the time loop out of line."""
+        flow = list(self._edges)
+        for call, entry in self._calls():
+            flow[call] = (*flow[call], entry)
+        return flow
+
+    @functools.cached_property
     def in_loop(self) -> list[bool]:
         """Of each instruction, whether control can come back to it."""
         result = _on_a_cycle(self._edges)
@@ -155,11 +163,9 @@ class Code:
         begins = self._blocks()
         block_of = {begin: n for n, begin in enumerate(begins)}
         spans = list(zip(begins, [*begins[1:], len(self.instructions)], strict=True))
-        entries = [0] + [block_of[entry] for _, entry in self._calls()]
         before: list[_State | None] = [None] * len(begins)
-        for n in entries:
-            before[n] = {}
-        waiting = list(entries)
+        before[0] = {}
+        waiting = [0]
         while waiting:
             n = waiting.pop()
             state = dict(before[n] or {})
@@ -167,7 +173,7 @@ class Code:
             for at in range(begin, end):
                 self._step(state, effects[at], self.instructions[at])
             state = {register: bits for register, bits in state.items() if "@" not in register}
-            for successor in self._edges[end - 1]:
+            for successor in self._flow[end - 1]:
                 m = block_of[successor]
                 known = before[m]
                 if known is None:
@@ -208,7 +214,7 @@ class Code:
 
     def _blocks(self) -> list[int]:
         begins = {0, *self.labels.values()}
-        for at, successors in enumerate(self._edges):
+        for at, successors in enumerate(self._flow):
             if successors != (at + 1,):
                 begins.update((at + 1, *successors))
         return sorted(begin for begin in begins if begin < len(self.instructions))

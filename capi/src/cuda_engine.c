@@ -657,14 +657,26 @@ static void take_lengths(call *c, const int32_t *lengths)
     launch(&c->j, kernel, divide_up(c->B, kernel->rows), 1, &g);
 }
 
-static void take_x(call *c, const void *x)
+/* Zeros what lies in [rows, width] beyond the sequences' ends: it may be NaN, which a product with zero is too. */
+static void zero_ends(call *c, cuda_pointer at, int64_t width)
+{
+    cuda_arguments g = {0};
+    give(&g, PARAMETER_lengths_ptr, c->s.lengths);
+    give(&g, PARAMETER_target_ptr, at);
+    give_size(&c->j, &g, PARAMETER_T, c->T);
+    give_size(&c->j, &g, PARAMETER_B, c->B);
+    by_rows(&c->j, KERNEL_zero_ends, &g, c->rows, width);
+}
+
+static void take_x(call *c, const void *x, int clean)
 {
     const network *n = c->j.n;
     int64_t extents[3] = {c->T, c->B, n->D}, valid[3] = {c->T, c->B, n->o.input_size};
     c->x = (uintptr_t)x;
-    if (usable(c, x, n->o.input_size, n->D)) return;
+    if (!clean && usable(c, x, n->o.input_size, n->D)) return;
     c->x = c->s.x;
     rearrange(&c->j, REARRANGE_SAME, time_major(c, x, n->o.input_size, 0), (block){c->x, c->B * n->D, n->D}, extents, valid, 0);
+    if (clean) zero_ends(c, c->x, n->D);
 }
 
 /* Row `index` of a state [L * P, B, width], which may be NULL, in rows of `padded`. */
@@ -800,7 +812,7 @@ static void run_forward(call *c, const tritlstm_forward_args *a)
     const network *n = c->j.n;
     cuda_pointer input, out = 0;
     take_lengths(c, a->lengths);
-    take_x(c, a->x);
+    take_x(c, a->x, 0);
     input = c->x;
     for (int64_t layer = 0; layer < n->o.num_layers; layer++) {
         out = c->training ? nth(c->r.outs, layer, c->rows, n->P * n->W, n->item) : c->s.outs[layer % 2];
@@ -1034,12 +1046,13 @@ static void run_backward(call *c, const tritlstm_backward_args *a)
     const network *n = c->j.n;
     upstream up = {c->s.grads[1], n->P * n->W, a->grad_out == NULL};
     take_lengths(c, a->lengths);
-    take_x(c, a->x);
+    take_x(c, a->x, a->lengths != NULL);
     for (int64_t k = 0; a->grad_out && k < n->P; k++) {
         int64_t extents[3] = {c->T, c->B, n->W}, valid[3] = {c->T, c->B, n->R};
         rearrange(&c->j, REARRANGE_SAME, time_major(c, a->grad_out, n->P * n->R, k * n->R),
                   (block){up.at + (size_t)(k * n->W) * n->item, c->B * up.stride, up.stride}, extents, valid, 0);
     }
+    if (a->grad_out && a->lengths) zero_ends(c, up.at, up.stride);
     for (int64_t layer = n->o.num_layers - 1; layer >= 0; layer--) {
         cuda_pointer below = up.at == c->s.grads[0] ? c->s.grads[1] : c->s.grads[0];
         int direct = !layer && a->grad_x && usable(c, a->grad_x, n->o.input_size, n->D);
@@ -1084,6 +1097,17 @@ static void lay_out_state(state *s, arena *a)
     s->c_dense = part(a, L, s->B, n->o.hidden_size, n->item);
 }
 
+static int engine_state_destroy(uint64_t id)
+{
+    state *s = state_of(id);
+    if (s->memory && cuda_enter(s->n->device) == TRITLSTM_OK) {
+        cuda_free(s->memory);
+        cuda_leave(s->n->device, TRITLSTM_OK);
+    }
+    free(s);
+    return TRITLSTM_OK;
+}
+
 static int engine_state_create(uint64_t id, int64_t batch, uint64_t *result)
 {
     const network *n = network_of(id);
@@ -1100,23 +1124,11 @@ static int engine_state_create(uint64_t id, int64_t batch, uint64_t *result)
         fill(&j, s->memory, 0, s->bytes);
         fill(&j, s->ones, 1, (size_t)batch * 4);
         if (!j.status) j.status = cuda_wait(NULL);
-        if (j.status && s->memory) cuda_free(s->memory);
         status = cuda_leave(n->device, j.status);
     }
-    if (status) free(s);
+    if (status) engine_state_destroy((uint64_t)(uintptr_t)s);
     else *result = (uint64_t)(uintptr_t)s;
     return status;
-}
-
-static int engine_state_destroy(uint64_t id)
-{
-    state *s = state_of(id);
-    if (cuda_enter(s->n->device) == TRITLSTM_OK) {
-        cuda_free(s->memory);
-        cuda_leave(s->n->device, TRITLSTM_OK);
-    }
-    free(s);
-    return TRITLSTM_OK;
 }
 
 static int engine_state_reset(uint64_t id, const uint8_t *rows, void *stream)
@@ -1172,7 +1184,7 @@ static void run_step(call *c, state *s, const void *x, void *out)
 {
     const network *n = c->j.n;
     cuda_pointer input;
-    take_x(c, x);
+    take_x(c, x, 0);
     input = c->x;
     for (int64_t layer = 0; layer < n->o.num_layers; layer++) {
         /* h is read by all blocks while some write it already, so it is copied; each c is read by the block that writes it. */

@@ -27,6 +27,7 @@ enum {
     KERNEL_add_first,
     KERNEL_previous_states,
     KERNEL_keep_empty,
+    KERNEL_zero_ends,
     KERNEL_clamp_lengths,
     KERNELS
 };

@@ -9,7 +9,7 @@ const char *tritlstm_cuda_kernel_name(const tritlstm_cuda_kernel *kernel)
     static const char *const names[KERNELS] = {"recurrent_forward", "recurrent_backward", "product",
                                                "column_sums",       "rearrange",          "take_first",
                                                "add_first",         "previous_states",    "keep_empty",
-                                               "clamp_lengths"};
+                                               "zero_ends",         "clamp_lengths"};
     return names[kernel->kind];
 }
 

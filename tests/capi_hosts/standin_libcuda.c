@@ -47,7 +47,7 @@ typedef struct module {
 /* ---- what a test sets and sees --------------------------------------------------------------------------- */
 
 int standin_count = 1, standin_major = 9, standin_minor = 0, standin_sms = 4, standin_shared = 227 << 10, standin_cooperative = 1;
-int standin_capturing;
+int standin_capturing, standin_rejecting;
 int (*standin_launch)(const standin_launched *);
 
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
@@ -97,6 +97,12 @@ int standin_live(void)
     return live;
 }
 
+/* Ends all of it. */
+void standin_forget(void)
+{
+    retained = n_buffers = n_modules = 0;
+}
+
 /* Offsets of the pages that lie between buffers. */
 long standin_guards(uint64_t *to, long room)
 {
@@ -107,7 +113,7 @@ long standin_guards(uint64_t *to, long room)
     return n;
 }
 
-static void *allocate(size_t bytes, int host)
+static void *allocate_alone(size_t bytes, int host)
 {
     if (!arena) {
         arena_fd = memfd_create("standin", 0);
@@ -127,14 +133,22 @@ static void *allocate(size_t bytes, int host)
     return arena + offset;
 }
 
+static void *allocate(size_t bytes, int host)
+{
+    pthread_mutex_lock(&mutex);
+    void *at = allocate_alone(bytes, host);
+    pthread_mutex_unlock(&mutex);
+    return at;
+}
+
 static int deallocate(void *at)
 {
-    for (int k = 0; k < n_buffers; k++)
-        if (arena + buffers[k].offset == at && buffers[k].live) {
-            buffers[k].live = 0;
-            return 0;
-        }
-    return INVALID_VALUE;
+    int error = INVALID_VALUE;
+    pthread_mutex_lock(&mutex);
+    for (int k = 0; k < n_buffers && error; k++)
+        if (arena + buffers[k].offset == at && buffers[k].live) buffers[k].live = error = 0;
+    pthread_mutex_unlock(&mutex);
+    return error;
 }
 
 void *standin_allocate(size_t bytes) { return allocate(bytes, 0); }
@@ -143,11 +157,14 @@ int standin_deallocate(void *at) { return deallocate(at); }
 /* Whether the bytes lie in one live buffer. */
 static int inside(uint64_t at, size_t bytes)
 {
-    for (int k = 0; k < n_buffers; k++) {
+    int found = 0;
+    pthread_mutex_lock(&mutex);
+    for (int k = 0; k < n_buffers && !found; k++) {
         uint64_t begin = (uint64_t)(uintptr_t)arena + buffers[k].offset;
-        if (buffers[k].live && at >= begin && bytes <= buffers[k].bytes && at - begin <= buffers[k].bytes - bytes) return 1;
+        found = buffers[k].live && at >= begin && bytes <= buffers[k].bytes && at - begin <= buffers[k].bytes - bytes;
     }
-    return 0;
+    pthread_mutex_unlock(&mutex);
+    return found;
 }
 
 /* ---- the driver ---------------------------------------------------------------------------------------- */
@@ -242,7 +259,7 @@ int cuDevicePrimaryCtxRetain(void **context, int device)
 {
     NOTE;
     (void)device;
-    retained++;
+    __atomic_add_fetch(&retained, 1, __ATOMIC_RELAXED);
     *context = CONTEXT;
     return 0;
 }
@@ -250,7 +267,7 @@ int cuDevicePrimaryCtxRetain(void **context, int device)
 int cuDevicePrimaryCtxRelease_v2(int device)
 {
     (void)device;
-    retained--;
+    __atomic_sub_fetch(&retained, 1, __ATOMIC_RELAXED);
     NOTE;
     return 0;
 }
@@ -268,6 +285,32 @@ int cuCtxPopCurrent_v2(void **context)
     if (!depth) return INVALID_CONTEXT;
     *context = stack[--depth];
     NOTE;
+    return 0;
+}
+
+int cuCtxSetCurrent(void *context)
+{
+    NOTE;
+    depth = 0;
+    stack[depth++] = context;
+    return 0;
+}
+
+int cuMemcpyHtoD_v2(uint64_t to, const void *from, size_t bytes)
+{
+    NOTE;
+    IN_CONTEXT;
+    if (!inside(to, bytes)) return INVALID_VALUE;
+    memcpy((void *)(uintptr_t)to, from, bytes);
+    return 0;
+}
+
+int cuMemcpyDtoH_v2(void *to, uint64_t from, size_t bytes)
+{
+    NOTE;
+    IN_CONTEXT;
+    if (!inside(from, bytes)) return INVALID_VALUE;
+    memcpy(to, (void *)(uintptr_t)from, bytes);
     return 0;
 }
 
@@ -395,7 +438,7 @@ int cuModuleLoadDataEx(void **result, const void *image, unsigned n, int *option
     NOTE;
     IN_CONTEXT;
     NOT_CAPTURED;
-    int error = check_image(image, &bytes);
+    int error = standin_rejecting ? NO_BINARY : check_image(image, &bytes);
     if (n != 2 || options[0] != 5 || options[1] != 6) return INVALID_VALUE;
     if (error) {
         snprintf(values[0], (size_t)(uintptr_t)values[1], "the stand-in's log");
@@ -431,9 +474,11 @@ int cuModuleUnload(void *handle)
 {
     module *m = handle;
     IN_CONTEXT;
+    pthread_mutex_lock(&mutex);
     free(m->image);
     m->image = NULL;
     m->live = 0;
+    pthread_mutex_unlock(&mutex);
     NOTE;
     return 0;
 }

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..tracing import heat_maps
 from .data import encode
 from .model import count_layers, numpy_traces
 from .train import Point
@@ -146,53 +147,18 @@ def heat_map(weights: Mapping[str, np.ndarray], held_out: np.ndarray, path: Path
 
     Gates and states are the NumPy reference's, of the model's last layer, which has read `CONTEXT` before.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.colors import Normalize, SymLogNorm
-    from matplotlib.figure import Figure
-
     units = choose_units(weights, held_out)
     rows = [unit.index for unit in units]
     part = {name: value[:, rows].T for name, value in _line_trace(weights).items()}  # [units, characters]
-
-    figure = Figure(figsize=(15, 13.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(4, 1, sharex=True)
-    largest = max(2.0, float(np.abs(part["c"]).max()))
-    opening, memory = Normalize(0.0, 1.0), SymLogNorm(1.0, vmin=-largest, vmax=largest)
-    panels: tuple[tuple[str, str, str, Normalize, str], ...] = (
-        ("i", "Input gate: lets the new character in (1) or not (0)", "cividis", opening, "gate"),
-        ("f", "Forget gate: keeps the cell (1) or flushes it (0)", "cividis", opening, "gate"),
-        ("o", "Output gate: shows the cell (1) or hides it (0)", "cividis", opening, "gate"),
-        ("c", "Cell state: what is remembered", "RdBu_r", memory, "cell state (log scale beyond ±1)"),
-    )
-    characters = ["␣" if c == " " else c for c in LINE]
-    for axis, (name, title, colours, norm, meaning) in zip(axes, panels, strict=True):
-        image = axis.imshow(part[name], aspect="auto", cmap=colours, norm=norm, interpolation="nearest")
-        axis.set_title(title, loc="left", fontsize=12, fontweight="bold")
-        axis.set_yticks(range(len(units)), [unit.label for unit in units], fontsize=9)
-        axis.set_xticks(range(len(characters)), characters, family="DejaVu Sans Mono", fontsize=11)
-        axis.tick_params(axis="x", length=0, labelbottom=True)
-        axis.tick_params(axis="y", length=2)
-        axis.set_yticks(np.arange(len(units) - 1) + 0.5, minor=True)
-        axis.grid(which="minor", axis="y", color="white", linewidth=1.0)
-        axis.tick_params(which="minor", length=0)
-        for side in axis.spines.values():
-            side.set_visible(False)
-        bar = figure.colorbar(image, ax=axis, label=meaning, pad=0.01, aspect=14)
-        if name == "c":
-            ticks = [t for t in (1, 10, 100, 1000) if t <= largest]
-            bar.set_ticks([-t for t in reversed(ticks)] + [0] + ticks)
-            bar.ax.yaxis.set_major_formatter("{x:g}")
-            bar.ax.minorticks_off()
-    axes[-1].set_xlabel(
-        "character just read      (r: correlation of a unit's cell state with that property of held-out text)"
-    )
     layers = count_layers(weights)
     size = weights["head.weight"].shape[1]
-    figure.suptitle(
+    figure = heat_maps(
+        part,
+        list(LINE),
+        [unit.label for unit in units],
         f"What {len(units)} of {size} units of the {'' if layers == 1 else 'last '}LSTM layer do "
         "along a line of Python",
-        fontsize=15,
+        "character just read      (r: correlation of a unit's cell state with that property of held-out text)",
     )
     figure.savefig(path, dpi=110)
     return units

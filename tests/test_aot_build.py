@@ -1,0 +1,148 @@
+"""How the device images are made: the same bytes every time, checked parameters, the decoder of what is embedded."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import subprocess
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cffi import FFI
+
+from tritlstm import plan
+from tritlstm.capi import aot, build
+from tritlstm.plan import DEVICES
+
+SMALL = "sm_90,fp16,H32,step"
+
+
+@pytest.fixture(scope="module")
+def inflate(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    path = tmp_path_factory.mktemp("inflate") / "inflate.so"
+    source = build.SOURCE / "src" / "cuda_inflate.c"
+    flags = ["-std=c11", "-g", "-O1", "-Wall", "-Wextra", "-Werror", "-fsanitize=undefined", "-fno-sanitize-recover"]
+    subprocess.run(["cc", *flags, "-shared", "-fPIC", "-o", str(path), str(source)], check=True)
+    ffi = FFI()
+    ffi.cdef("int tritlstm_inflate(const uint8_t *, size_t, uint8_t *, size_t);")
+    lib = ffi.dlopen(str(path))
+
+    def decode(data: bytes, size: int) -> bytes | None:
+        out = ffi.new("uint8_t[]", size + 16)
+        out[size : size + 16] = b"guard of 16 byte"
+        failed = lib.tritlstm_inflate(ffi.from_buffer(data), len(data), out, size)
+        assert bytes(out[size : size + 16]) == b"guard of 16 byte"
+        return None if failed else bytes(ffi.buffer(out, size))
+
+    return decode
+
+
+def samples() -> list[bytes]:
+    drawn = random.Random(0)
+    words = [bytes(drawn.choices(b"abcdefgh", k=drawn.randrange(1, 9))) for _ in range(50)]
+    return [b"", b"a", bytes(70000), drawn.randbytes(70000), b" ".join(drawn.choices(words, k=9000)),
+            b"".join(drawn.randbytes(300) * 2 for _ in range(200))]  # fmt: skip
+
+
+@pytest.mark.parametrize("level", [0, 1, 9])
+@pytest.mark.parametrize("strategy", [zlib.Z_DEFAULT_STRATEGY, zlib.Z_FIXED, zlib.Z_HUFFMAN_ONLY])
+def test_inflate_reads_every_kind_of_block(inflate: Any, level: int, strategy: int) -> None:
+    for data in samples():
+        packer = zlib.compressobj(level, zlib.DEFLATED, -15, 9, strategy)
+        packed = packer.compress(data) + packer.flush()
+        assert inflate(packed, len(data)) == data
+        assert inflate(packed, len(data) + 1) is None
+        assert inflate(packed + b"\0", len(data)) is None
+        if data:
+            assert inflate(packed, len(data) - 1) is None
+            assert inflate(packed[:-1], len(data)) is None
+
+
+def test_inflate_survives_damage(inflate: Any) -> None:
+    drawn = random.Random(1)
+    data = samples()[4]
+    packed = aot.deflate(data)
+    accepted = 0
+    for _ in range(400):
+        damaged = bytearray(packed)
+        damaged[drawn.randrange(len(damaged))] ^= 1 << drawn.randrange(8)
+        accepted += inflate(bytes(damaged), len(data)) is not None
+        inflate(drawn.randbytes(drawn.randrange(200)), 1000)
+    assert accepted < 400
+
+
+def built_files(folder: Path) -> dict[str, bytes]:
+    aot.sources(folder, SMALL, 1)
+    script = (folder / "cuda_images.S").read_bytes().replace(bytes(folder), b"")
+    return {"images": (folder / "cuda_images.bin").read_bytes(), "table": (folder / "cuda_table.c").read_bytes(),
+            "script": script}  # fmt: skip
+
+
+@pytest.mark.timeout(600)
+def test_the_same_bytes_every_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for name in ("first", "second"):
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / f"cache-{name}"))
+        found.append(built_files(tmp_path / name))
+    assert found[0] == found[1]
+    images = aot.compile_all(aot.parse(SMALL), 1)
+    assert all(str(build.SOURCE.parent).encode() not in image.code for _, image in images)
+    assert max(len(image.code) for _, image in images) < 48 << 10
+
+
+def launch_of(**changes: Any) -> aot.Kernel:
+    (kernel,) = (k for k in aot.kernels(aot.parse(SMALL)) if k.launch.kernel == "clamp_lengths")
+    return dataclasses.replace(kernel, **changes)
+
+
+def test_parameters_that_the_ptx_does_not_have() -> None:
+    kernel = launch_of()
+    image = aot.compile_kernel(kernel)
+    ptx = image.ptx.decode()
+    aot.check_parameters(kernel.launch, ptx)
+    assert [name for name, _, _ in aot.parameters(kernel.launch)] == ["lengths_ptr", "target_ptr", "T", "B"]
+    assert [offset for _, offset, _ in aot.parameters(kernel.launch)] == [0, 8, 16, 20]
+    first = ptx.index(".param .u32") if ".param .u32" in ptx else ptx.index(".param .b32")
+    for wrong in (ptx.replace("clamp_lengths(", "clamp("), ptx[:first] + ptx[first:].replace("32", "64", 1)):
+        with pytest.raises(aot.ImageError, match=r"clamp_lengths: its PTX takes \["):
+            aot.check_parameters(kernel.launch, wrong)
+
+
+def test_kernels_that_the_launcher_could_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = plan.recurrent("forward", 1, 16, 32, torch.float16, DEVICES["sm_90"])
+    kernel = aot.Kernel("sm_90", torch.float16, aot._recurrent_launch(chosen), chosen)
+    aot.compile_kernel(kernel)
+    small = {**DEVICES, "sm_90": dataclasses.replace(DEVICES["sm_90"], shared_bytes=4096)}
+    monkeypatch.setattr(aot, "DEVICES", small)
+    with pytest.raises(aot.ImageError, match=r"for sm_90 needs \d+ bytes of shared memory, but a block has 4096: step"):
+        aot.compile_kernel(kernel)
+
+
+def test_ptx_for_later_devices_is_of_the_oldest_architecture() -> None:
+    kernel = launch_of(family="ptx")
+    ptx = aot.compile_kernel(kernel).ptx.decode()
+    assert ".target sm_80\n" in ptx
+    assert ".version 8.0\n" in ptx
+
+
+def test_an_argument_that_the_engine_does_not_know_fails_to_compile() -> None:
+    known = (build.SOURCE / "src" / "cuda_kernels.h").read_text()
+    for kernel in aot.kernels(aot.parse("sm_90,sm_80,H32,H256")):
+        for name, _, _ in aot.parameters(kernel.launch):
+            assert f"X({name})" in known
+
+
+def test_every_kernel_of_the_default_set_has_a_size_that_callers_can_pad_to() -> None:
+    assert aot.HIDDEN[-1] == 2048
+    assert all(h % 8 == 0 for h in aot.HIDDEN)
+    for family in aot.DEFAULT.families:
+        device = DEVICES[aot.FAMILIES[family]]
+        for dtype in aot.DTYPES.values():
+            for hidden in aot.HIDDEN:
+                found = {
+                    (p.direction, p.save, p.tier == "step") for p in aot.recurrent_plans(dtype, hidden, device, ())
+                }
+                assert found >= {("forward", False, True), ("forward", True, True), ("backward", True, True)}
