@@ -263,15 +263,17 @@ def arguments(*words: str) -> argparse.Namespace:
 def test_build_c_builds_over_what_is_there_and_says_how_to_go_on(built, probe, tmp_path, capsys):
     prefix = tmp_path / "with sp\u00e4ce"
     shutil.copytree(built.directory, prefix, symlinks=True)
-    assert build.run(arguments(str(prefix), "--examples")) == 0
+    assert build.run(arguments(str(prefix), "--engine", "both", "--examples")) == 0
     said = capsys.readouterr().out
     names = ["include/tritlstm.h", "lib/libtritlstm_python.so", "lib/pkgconfig/tritlstm_python.pc"]
+    names += ["lib/libtritlstm.so", "lib/pkgconfig/tritlstm.pc"]
     for name in [*names, "bin/generate", "bin/train_step"]:
         assert (prefix / name).is_file()
         assert str(prefix / name) in said
-    assert "pkg-config --cflags --libs tritlstm_python" in said
-    assert not list(prefix.glob(".*")), "scratch files are left"
-    assert run([probe, prefix / "lib/libtritlstm_python.so", "local"]).returncode == 0
+    for name in ("tritlstm", "tritlstm_python"):
+        assert f"pkg-config --cflags --libs {name})" in said
+        assert run([probe, prefix / f"lib/lib{name}.so", "local"]).returncode == 0
+    assert not list(prefix.rglob(".*")), "scratch files are left"
 
 
 # -- what is missing ----------------------------------------------------------------------------------------
@@ -822,7 +824,13 @@ def test_the_host_on_the_page_runs(either, tmp_path):
 # -- the cost of a call -------------------------------------------------------------------------------------
 
 
-def test_call_cost_prints_a_row_for_each_call_beside_torch(capsys):
+@pytest.fixture
+def built_before(built_aot, monkeypatch) -> None:
+    """call_cost finds the library of the engine aot built."""
+    monkeypatch.setattr(build, "build", lambda directory, engine, cblas: built_aot)
+
+
+def test_call_cost_prints_a_row_for_each_call_beside_torch(built_before, capsys):
     assert call_cost.main(["--engine", "aot", "--calls", "2"]) == 0
     said = capsys.readouterr().out
     rows = re.findall(r"^(\S.*?)  +(step|forward|train) +(\d+\.\d\d) +(\d+\.\d\d)$", said, re.M)
@@ -831,7 +839,7 @@ def test_call_cost_prints_a_row_for_each_call_beside_torch(capsys):
     assert re.search(r"^network +call +aot +torch$", said, re.M)
 
 
-def test_call_cost_shows_no_figure_of_a_wrong_host(monkeypatch, capsys):
+def test_call_cost_shows_no_figure_of_a_wrong_host(built_before, monkeypatch, capsys):
     monkeypatch.setattr(call_cost, "torch_times", lambda case: ({}, 123.0))
     assert call_cost.main(["--engine", "aot", "--calls", "1"]) == 1
     said = capsys.readouterr()
