@@ -133,3 +133,23 @@ def test_the_fuzzers_corpus_runs_clean(target, tmp_path):
     program = sanitized(tmp_path, "address,undefined", *FLAGS, *sources)
     done = run(program, *corpus)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{len(corpus)} files\n", "")
+
+
+SPOILT = {
+    "safetensors_reader": ("safetensors.c", "if (order[k]->begin != at)", "if (order[k]->begin > st->data_bytes)"),
+    "argument_checks": ("front.c", "if (hit) return fail(", "if (hit && !now->end) return fail("),
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_corpus_notices_a_missing_check(target, tmp_path):
+    """The reader and the front, each without its look for what overlaps."""
+    name, check, nothing = SPOILT[target]
+    source = (build.SOURCE / "src" / name).read_text()
+    assert source.count(check) == 1
+    (tmp_path / name).write_text(source.replace(check, nothing))
+    others = [build.SOURCE / "src" / other for other in TARGETS[target] if other != name]
+    words = [TESTS / "fuzz" / f"{target}.c", TESTS / "fuzz/replay.c", tmp_path / name, *others]
+    program = compile_(tmp_path / "program", *FLAGS, *words)
+    done = run(program, *sorted((TESTS / "fuzz/corpus" / target).iterdir()))
+    assert done.returncode < 0, done.stdout  # aborted

@@ -92,7 +92,7 @@ def installed(name: str) -> str | None:
 def test_the_header_compiles_and_links(built_aot, tmp_path, compiler, standard):
     command = installed(compiler)
     if command is None:
-        pytest.skip(f"{compiler} is not installed (Debian: apt install {compiler.rstrip('+')})")
+        pytest.skip(f"{compiler} is not installed (Debian: apt install {compiler.replace('clang++', 'clang')})")
     source = tmp_path / ("use.cpp" if "+" in standard else "use.c")
     source.write_text("")
     if run([command, f"-std={standard}", "-fsyntax-only", source]).returncode:
@@ -100,6 +100,16 @@ def test_the_header_compiles_and_links(built_aot, tmp_path, compiler, standard):
     source.write_text(USE)
     compile_(command, f"-std={standard}", *STRICT, source, *built_aot.flags(), "-o", tmp_path / "use")
     assert run([tmp_path / "use"]).returncode == 0
+
+
+@pytest.mark.parametrize("compiler", ["g++", "clang++"])
+def test_the_header_for_cpp_compiles(built_aot, compiler):
+    command = installed(compiler)
+    if command is None:
+        pytest.skip(f"{compiler} is not installed (Debian: apt install {compiler.replace('clang++', 'clang')})")
+    for standard in ("c++17", "c++20", "c++2b"):
+        options = [f"-std={standard}", *STRICT, "-fsyntax-only", f"-I{built_aot.header.parent}"]
+        compile_(command, *options, build.SOURCE / "examples/fit.cpp")
 
 
 def test_header_package_and_library_have_one_version(either):
@@ -263,15 +273,17 @@ def arguments(*words: str) -> argparse.Namespace:
 def test_build_c_builds_over_what_is_there_and_says_how_to_go_on(built, probe, tmp_path, capsys):
     prefix = tmp_path / "with sp\u00e4ce"
     shutil.copytree(built.directory, prefix, symlinks=True)
-    assert build.run(arguments(str(prefix), "--examples")) == 0
+    assert build.run(arguments(str(prefix), "--engine", "both", "--examples")) == 0
     said = capsys.readouterr().out
     names = ["include/tritlstm.h", "lib/libtritlstm_python.so", "lib/pkgconfig/tritlstm_python.pc"]
+    names += ["lib/libtritlstm.so", "lib/pkgconfig/tritlstm.pc"]
     for name in [*names, "bin/generate", "bin/train_step"]:
         assert (prefix / name).is_file()
         assert str(prefix / name) in said
-    assert "pkg-config --cflags --libs tritlstm_python" in said
-    assert not list(prefix.glob(".*")), "scratch files are left"
-    assert run([probe, prefix / "lib/libtritlstm_python.so", "local"]).returncode == 0
+    for name in ("tritlstm", "tritlstm_python"):
+        assert f"pkg-config --cflags --libs {name})" in said
+        assert run([probe, prefix / f"lib/lib{name}.so", "local"]).returncode == 0
+    assert not list(prefix.rglob(".*")), "scratch files are left"
 
 
 # -- what is missing ----------------------------------------------------------------------------------------
@@ -699,8 +711,6 @@ def test_fit_descends_as_torch_does(either, tmp_path):
     except build.BuildError as error:
         pytest.skip(str(error))
     program = build.build_example("fit", either, tmp_path / "fit")
-    strict = [*build.example_compiler("fit"), "-std=c++17", *STRICT, "-fsyntax-only", f"-I{either.header.parent}"]
-    compile_(*strict, build.SOURCE / "examples/fit.cpp")
     done = run([program, "40"])
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
     before, after = re.search(r"^loss (\S+) before, (\S+) after 40 steps$", done.stdout, re.M).groups()
@@ -822,7 +832,13 @@ def test_the_host_on_the_page_runs(either, tmp_path):
 # -- the cost of a call -------------------------------------------------------------------------------------
 
 
-def test_call_cost_prints_a_row_for_each_call_beside_torch(capsys):
+@pytest.fixture
+def built_before(built_aot, monkeypatch) -> None:
+    """call_cost finds the library of the engine aot built."""
+    monkeypatch.setattr(build, "build", lambda directory, engine, cblas: built_aot)
+
+
+def test_call_cost_prints_a_row_for_each_call_beside_torch(built_before, capsys):
     assert call_cost.main(["--engine", "aot", "--calls", "2"]) == 0
     said = capsys.readouterr().out
     rows = re.findall(r"^(\S.*?)  +(step|forward|train) +(\d+\.\d\d) +(\d+\.\d\d)$", said, re.M)
@@ -831,7 +847,7 @@ def test_call_cost_prints_a_row_for_each_call_beside_torch(capsys):
     assert re.search(r"^network +call +aot +torch$", said, re.M)
 
 
-def test_call_cost_shows_no_figure_of_a_wrong_host(monkeypatch, capsys):
+def test_call_cost_shows_no_figure_of_a_wrong_host(built_before, monkeypatch, capsys):
     monkeypatch.setattr(call_cost, "torch_times", lambda case: ({}, 123.0))
     assert call_cost.main(["--engine", "aot", "--calls", "1"]) == 1
     said = capsys.readouterr()
