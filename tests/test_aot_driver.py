@@ -426,9 +426,8 @@ def test_many_threads_create_and_run_and_end(world: World) -> None:
             if any(statuses):
                 wrong.append((statuses, world.error()))
 
-    lstm = world.create(**options())
-    args = Scene(world, lstm).forward_args
-    world.lib.tritlstm_destroy(ffi.gc(lstm, None))
+    args = Scene(world, world.create(**options())).forward_args
+    gc.collect()
     threads = [threading.Thread(target=life) for _ in range(4)]
     for thread in threads:
         thread.start()

@@ -286,9 +286,6 @@ class _Graph:
 
 def _copy(module: nn.RNNBase, kind: type) -> Any:
     arguments = {name: getattr(module, name) for name in _ARGUMENTS}
-    if isinstance(module, LSTM) and (module.cell_options.changed or module.hidden_sizes):
-        changed = [*module.cell_options.changed] or ["sizes of its own for each layer"]
-        raise ValueError(f"the module has {' and '.join(changed)}, which nn.LSTM does not have")
     weight = module.weight_ih_l0
     copied = kind(**arguments, device=weight.device, dtype=weight.dtype)
     copied.load_state_dict({name: getattr(module, name) for name in copied.state_dict()})
@@ -315,9 +312,6 @@ def _expect_lstm(who: str, module: Any) -> None:
 def _directions(who: str, module: LSTM, allowed: Sequence[str] = ()) -> list[list[Direction]]:
     """The weights by layer and direction, without their graph."""
     _expect_lstm(who, module)
-    beyond = [*module.cell_options.changed, *(["sizes of its own for each layer"] if module.hidden_sizes else [])]
-    if beyond:
-        raise ValueError(f"{who}: the module has {' and '.join(beyond)}, which the other form does not take from here")
     if module.proj_size:
         raise ValueError(f"{who}: only torch's LSTM has a projection, got proj_size = {module.proj_size}")
     _refuse_variant(who, module, (*_IN_TRAINING_ONLY, "num_heads", *allowed))

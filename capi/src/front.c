@@ -478,6 +478,11 @@ static int options_from_file(const st_file *file, const char *prefix, tritlstm_o
     if (!w_ih) return no_weights(file, prefix);
     if (w_ih->rank != 2 || w_ih->shape[0] < 4 || w_ih->shape[0] % 4 || w_ih->shape[1] < 1)
         return fail(TRITLSTM_ERROR_WEIGHTS, "'%sweight_ih_l0' is not a [4 * hidden_size, input_size] matrix", prefix);
+    static const char *const variants[] = {"weight_ch_l0", "norm_ih_l0"};
+    for (int k = 0; k < 2; k++)
+        if (find_weight(file, prefix, variants[k]))
+            return fail(TRITLSTM_ERROR_WEIGHTS, "the file has '%s%s': it is of an LSTM with %s, which only Python runs",
+                        prefix, variants[k], k ? "layer normalisation" : "peepholes");
     o->hidden_size = w_ih->shape[0] / 4;
     o->input_size = w_ih->shape[1];
     o->bias = find_weight(file, prefix, "bias_ih_l0") != NULL;
