@@ -153,6 +153,21 @@ class TestExport:
             x, more = inputs(module, T, B, with_lengths)
             close(loaded(x, **more), module(x, **more))
 
+    def test_a_variant_with_resets_and_lengths(self):
+        module = tritlstm.LSTM(D, H, bidirectional=True, peephole=True, coupled=True).eval()
+        T, B = torch.export.Dim("T", min=1, max=64), torch.export.Dim("B", min=1, max=64)
+
+        def case(steps: int, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
+            x, more = inputs(module, steps, batch, True)
+            return x, {**more, "resets": torch.arange(steps * batch).view(steps, batch) % 3 == 0}
+
+        sizes: dict[str, Any] = {"input": {0: T, 1: B}, "lengths": {0: B}, "resets": {0: T, 1: B}}
+        x, more = case(5, 3)
+        run = torch.export.export(module, (x,), more, dynamic_shapes=sizes).module()
+        for shape in SHAPES[1:3]:
+            x, more = case(*shape)
+            close(run(x, **more), module(x, **more))
+
     def test_a_file_runs_in_a_process_that_has_only_the_operators(self, tmp_path):
         module = module_of(KINDS["two layers, both directions"])
         torch.export.save(exported(module, True), tmp_path / "lstm.pt2")

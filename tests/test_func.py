@@ -298,6 +298,44 @@ class TestNested:
         close(vmap(back)(cotangents)[0], expected)
 
 
+class TestVariants:
+    """A variant with resets and lengths: its own plain autograd, one sample at a time, is the yardstick."""
+
+    def draw(self) -> tuple[tritlstm.LSTM, Tensor, Tensor, Tensor]:
+        torch.manual_seed(0)
+        module = tritlstm.LSTM(D, H, bidirectional=True, peephole=True, zoneout=0.1, dtype=torch.float64).eval()
+        x, resets = torch.randn(V, T, B, D, dtype=torch.float64), torch.rand(V, T, B) < 0.3
+        return module, x, resets, torch.tensor([[3, 4], [0, 1], [4, 2]])
+
+    def test_per_sample_gradients(self):
+        module, x, resets, lengths = self.draw()
+
+        def loss(weights: dict[str, Tensor], x: Tensor, resets: Tensor, lengths: Tensor) -> Tensor:
+            more = {"resets": resets, "lengths": lengths}
+            return functional_call(module, weights, (x,), more)[0].square().sum()
+
+        got = vmap(grad(loss), in_dims=(None, 0, 0, 0))(detached(module), x, resets, lengths)
+        for v in range(V):
+            value = loss(dict(module.named_parameters()), x[v], resets[v], lengths[v])
+            for name, expected in zip(got, torch.autograd.grad(value, list(module.parameters())), strict=True):
+                close(got[name][v], expected)
+
+    def test_jvp_and_hessian(self):
+        module, x, resets, lengths = self.draw()
+
+        def out(x: Tensor) -> Tensor:
+            return module(x, resets=resets[0], lengths=lengths[0])[0]
+
+        got = jvp(out, (x[0],), (x[1],))[1]
+        close(got, ((out(x[0] + 1e-6 * x[1]) - out(x[0] - 1e-6 * x[1])) / 2e-6).detach(), 1e-8)
+        assert got.abs().sum() > 0
+        sample, step = x[0], 1e-5
+        second = hessian(lambda x: out(x).pow(3).sum())(sample).reshape(sample.numel(), -1)
+        gradient = grad(lambda x: out(x).pow(3).sum())
+        moved = gradient(sample + step * x[1]) - gradient(sample - step * x[1])
+        close(second @ x[1].flatten(), moved.flatten() / (2 * step), 1e-7)
+
+
 class TestRule:
     """The operators' vmap rules against a loop over the mapped dimension."""
 

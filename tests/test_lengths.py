@@ -255,6 +255,7 @@ class TestErrors:
             ([], r"shape \[4\], got shape \[0\]"),
             ([3.0, 0, 6, 1], r"must be integers, got torch\.float32; convert them, as by lengths\.long\(\)"),
             (torch.ones(4), r"must be integers, got torch\.float32"),
+            (5, "must be a tensor or a sequence of ints, one for each sequence, got 5"),
             ([True] * 4, r"must be integers, got torch\.bool"),
             ([3, 0, 7, 1], r"between 0 and T = 6, got lengths\[2\] = 7"),
             (torch.tensor([3, -1, 6, 1]), r"between 0 and T = 6, got lengths\[1\] = -1"),

@@ -277,6 +277,8 @@ def transforms(x: Tensor) -> bool:
 def check_lengths(lengths: Lengths, steps: int, batch: int) -> Tensor:
     """`lengths` as an integer tensor [B]; values are checked where the host has them already."""
     if not isinstance(lengths, Tensor):
+        if not hasattr(lengths, "__len__"):
+            raise ValueError(f"lengths must be a tensor or a sequence of ints, one for each sequence, got {lengths!r}")
         lengths = torch.as_tensor(lengths) if len(lengths) > 0 else torch.zeros(0, dtype=torch.int64)
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise ValueError(f"lengths must be integers, got {lengths.dtype}; convert them, as by lengths.long()")
