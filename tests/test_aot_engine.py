@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -367,18 +368,20 @@ def compile_host(folder: Path, built: build.Built) -> Path:
     return host
 
 
-def by_host(host: Path, problem: Problem, folder: Path, **environment: str) -> tuple[dict[str, np.ndarray], str]:
+def by_host(
+    host: Path, problem: Problem, folder: Path, under: tuple[str, ...] = (), **environment: str
+) -> tuple[dict[str, np.ndarray], str]:
     case = problem.case
     sizes = [case.d, case.h, case.layers, case.both, case.bias, case.proj, DTYPES[case.dtype], case.steps, case.batch]
     arrays = [*problem.weights(), problem.x, problem.h0, problem.c0, *problem.grads.values()]
     (folder / "problem").write_bytes(
         np.array(sizes, np.int64).tobytes() + b"".join(a.contiguous().view(torch.uint8).numpy() for a in arrays)
     )
+    command = [*under, str(host), str(folder / "problem"), str(folder / "result")]
     run = subprocess.run(
-        [str(host), str(folder / "problem"), str(folder / "result")], env={**os.environ, **environment}, text=True,
-        capture_output=True, check=False, timeout=300,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
+        command, env={**os.environ, **environment}, text=True, capture_output=True, check=False, timeout=300
+    )
+    assert (run.returncode, run.stderr) == (0, "")
     result = torch.from_numpy(np.fromfile(folder / "result", np.uint8))
     shapes = [problem.grads["o"].shape, problem.h0.shape, problem.c0.shape, problem.x.shape, problem.h0.shape,
               problem.c0.shape, *(w.shape for w in problem.weights())]  # fmt: skip
@@ -401,6 +404,17 @@ def test_a_plain_c_host_gets_as_far_as_the_driver_lets_it(world: World, tmp_path
     assert "hidden size: 20 runs in kernels of 32, padded with zeros" in text
     assert "backward: persistent, exchange flag" in text
     assert np.isnan(found["out"]).all()
+
+
+@pytest.mark.skipif(not shutil.which("valgrind"), reason="needs valgrind (Debian: apt install valgrind)")
+def test_a_plain_c_host_under_valgrind(world: World, tmp_path: Path) -> None:
+    """No leak and no invalid access in the library, from opening the driver to the last handle's end."""
+    (tmp_path / "driver").mkdir()
+    (tmp_path / "driver" / "libcuda.so.1").symlink_to(world.standin)
+    host = compile_host(tmp_path, world.package)
+    valgrind = ("valgrind", "-q", "--leak-check=full", "--error-exitcode=9")
+    problem = Problem(Case(proj=6, layers=2, both=True))
+    by_host(host, problem, tmp_path, valgrind, LD_LIBRARY_PATH=str(tmp_path / "driver"))
 
 
 @pytest.mark.cuda
