@@ -15,7 +15,7 @@ import torch
 from torch._dynamo.utils import counters
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-ELSEWHERE = {"c.md"}
+ELSEWHERE = {"c.md", "c-cuda.md"}
 PAGES = [page for page in sorted(DOCS.glob("*.md")) if page.name not in ELSEWHERE]
 
 
