@@ -27,7 +27,7 @@ help:
 	@echo 'make lint    run ruff and mypy'
 	@echo 'make setup   only what all of these do first: a virtual environment with torch and this package'
 	@echo '             PYTHON=python3.12 VENV=.venv TORCH=2.13.0 TRITON=3.7.1'
-	@echo 'make fuzz    fuzz the C library (needs clang)              FUZZ_SECONDS=600, for each of two targets'
+	@echo 'make fuzz    fuzz the C library (needs clang)              FUZZ_SECONDS=600, for each of three targets'
 	@echo 'make install the C library          PREFIX=/usr/local DESTDIR= ENGINE=aot|python|both IMAGES=none'
 	@echo 'make clean   remove build products; the virtual environment stays'
 

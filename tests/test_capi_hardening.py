@@ -21,6 +21,7 @@ SOURCES = [build.SOURCE / "src" / name for name in (*build.COMMON, *build.HOST, 
 FLAGS = ["-std=c11", "-g", "-O1", "-Wall", "-Wextra", "-Werror", "-ffp-contract=fast"]
 FLAGS += [f"-I{build.SOURCE}/include", f"-I{build.SOURCE}/src"]
 TARGETS = {"safetensors_reader": ["safetensors.c"], "argument_checks": ["front.c", "safetensors.c"]}
+TARGETS["load_file"] = TARGETS["argument_checks"]
 
 
 def run(*command: Any, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -138,12 +139,13 @@ def test_the_fuzzers_corpus_runs_clean(target, tmp_path):
 SPOILT = {
     "safetensors_reader": ("safetensors.c", "if (order[k]->begin != at)", "if (order[k]->begin > st->data_bytes)"),
     "argument_checks": ("front.c", "if (hit) return fail(", "if (hit && !now->end) return fail("),
+    "load_file": ("front.c", "(same_dtype && dtypes[k] != o->dtype)", "(same_dtype && !dtypes[k])"),
 }
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_corpus_notices_a_missing_check(target, tmp_path):
-    """The reader and the front, each without its look for what overlaps."""
+    """Without the look for what overlaps, in a file or in a call, or for weights of two types in one file."""
     name, check, nothing = SPOILT[target]
     source = (build.SOURCE / "src" / name).read_text()
     assert source.count(check) == 1

@@ -69,7 +69,7 @@ def test_a_program_that_stops_is_reported_by_the_others_bounded_spins(kind, prot
     fault = emulator.Fault((1, 0), store=1, kind=kind)
     with pytest.raises(status.ExchangeTimeout, match=r"gave up waiting at step 2 \(block [02] of group 0\)"):
         forward(protocol=protocol, fault=fault, spin_limit=PATIENCE[protocol], amd=amd)
-    assert time.monotonic() - begin < 60
+    assert time.monotonic() - begin < 150  # seconds on an idle machine
 
 
 @pytest.mark.parametrize("protocol", ["flag", "counter"])
