@@ -106,6 +106,7 @@ def recurrent_backward(
     WARPS: tl.constexpr,
     PRECISION: tl.constexpr,
     # Off by default, and then without a trace in the compiled kernel:
+    HOIST: tl.constexpr = False,  # let the compiler move what does not change out of the time loop
     cuts_ptr=None,  # [T, B] int32: whether the state was zeroed before the step
     peephole_ptr=None,  # [3, H]: of i, f, o
     h_scale_ptr=None,  # [B, H]: times h on its way into the product
@@ -125,6 +126,7 @@ def recurrent_backward(
     dtype: tl.constexpr = grad_gates_ptr.dtype.element_ty
     WORD: tl.constexpr = 32 // dtype.primitive_bitwidth
     EXACT: tl.constexpr = WORD == 1
+    STAY: tl.constexpr = not HOIST
     block = tl.program_id(0)
     group = tl.program_id(1)
     n_blocks = tl.num_programs(0)
@@ -207,7 +209,7 @@ def recurrent_backward(
         own_f = own_i
         own_g = own_i
         own_o = own_i
-        for step in tl.range(step_begin, step_end, disable_licm=True):
+        for step in tl.range(step_begin, step_end, disable_licm=STAY):
             t = t_begin + direction * step
             t_later = t - direction
             t_earlier = t + direction
@@ -260,7 +262,7 @@ def recurrent_backward(
                         # Nothing else keeps the compiler from loading the next groups' tiles now, and running out of
                         # registers.
                         tl.debug_barrier()
-                for chunk in tl.range(RESIDENT, N_CHUNKS, disable_licm=True):
+                for chunk in tl.range(RESIDENT, N_CHUNKS, disable_licm=STAY):
                     k = depth_begin + chunk * BLOCK_K
                     streamed = (_weight_chunk(w_ptr, team_begin, k, depth_end, H, HX, ROWS, BLOCK_K),)
                     acc = _multiply(

@@ -81,6 +81,7 @@ def recurrent_forward(
     WARPS: tl.constexpr,
     PRECISION: tl.constexpr,
     # Off by default, and then without a trace in the compiled kernel:
+    HOIST: tl.constexpr = False,  # let the compiler move what does not change out of the time loop
     cuts_ptr=None,  # [T, B] int32: whether the state is zeroed before the step
     entry_ptr=None,  # [B + 1, HX]: h0 as the product reads it, and a row of zeros; None: h0_ptr
     peephole_ptr=None,  # [3, H]: of i, f, o
@@ -99,6 +100,7 @@ def recurrent_forward(
     dtype: tl.constexpr = exchange_ptr.dtype.element_ty
     WORD: tl.constexpr = 32 // dtype.primitive_bitwidth
     EXACT: tl.constexpr = WORD == 1
+    STAY: tl.constexpr = not HOIST
     block = tl.program_id(0)
     group = tl.program_id(1)
     n_blocks = tl.num_programs(0)
@@ -159,7 +161,7 @@ def recurrent_forward(
         first_row = (t_begin + direction * step_begin).to(tl.int64) * B + b_of_cell
         at = gates_ptr + tl.expand_dims(first_row * (4 * HX) + unit_of_cell * 4, 3) + gate
         upcoming = tl.load(at, mask=in_gates, other=0.0)
-        for step in tl.range(step_begin, step_end, disable_licm=True):
+        for step in tl.range(step_begin, step_end, disable_licm=STAY):
             t = t_begin + direction * step
             t_previous = t - direction
             row = t.to(tl.int64) * B + b_of_cell
@@ -198,7 +200,7 @@ def recurrent_forward(
                         # Nothing else keeps the compiler from loading the next groups' tiles now, and running out of
                         # registers.
                         tl.debug_barrier()
-                for chunk in tl.range(RESIDENT, N_CHUNKS, disable_licm=True):
+                for chunk in tl.range(RESIDENT, N_CHUNKS, disable_licm=STAY):
                     k = chunk * BLOCK_K + tl.arange(0, BLOCK_K)
                     streamed = (_weight_chunk(w_ptr, unit_begin, k, H, HX, BLOCK_H),)
                     acc = _multiply(

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from . import emulator
@@ -184,6 +185,7 @@ class RecurrentPlan:
     cost: StepCost
     max_registers: int | None = None
     amd: bool = False
+    hoist: bool = False
     spin_limit: int = SPIN_LIMIT
     #: Constexpr parameters of a variant of the cell that are not the kernel's defaults.
     cell: tuple[tuple[str, Any], ...] = ()
@@ -213,6 +215,7 @@ class RecurrentPlan:
             "POLL": self.poll,
             "PROTOCOL": PROTOCOLS[self.protocol],
             "AMD": self.amd,
+            "HOIST": self.hoist,
             "SINGLE": self.tier == "single",
             "WARPS": self.num_warps,
             "PRECISION": self.precision,
@@ -333,6 +336,14 @@ def _max_registers(device: Device, crowded: bool = False) -> int | None:
     return 255 if device.arch.startswith("sm_") and not untold else None
 
 
+def _hoists(device: Device) -> bool:
+    """Whether the compiler may move what does not change out of the time loop. With wgmma it must not: the descriptors
+    of all weights would take up registers. Without, Triton 3.9 would store the weights to shared memory in every step,
+    out of registers that spill (seen by compiling every configuration); 3.7 does not need to be told."""
+    newer = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)
+    return newer and device.arch.startswith("sm_") and device.matrix_rows == 16
+
+
 def _num_warps(problem: _Problem, units: int) -> int:
     # 16 of the product's rows a warp. Forward, its units are then the same as in the tile of cells.
     if _scalar_products(problem):
@@ -428,7 +439,7 @@ def _feasible(
         problem.direction, tier, "none", hidden, problem.dtype, problem.precision, block_h, block_b, block_k, parts,
         chunks, resident, poll, num_warps, n_blocks, n_groups, n_tiles, shared, problem.save, cost=_NO_COST,
         max_registers=_max_registers(device, not forward and tier != "single" and cells > 2),
-        amd=device.arch.startswith("gfx"),
+        amd=device.arch.startswith("gfx"), hoist=_hoists(device),
     )  # fmt: skip
     for protocol in ("none",) if tier in ("single", "step") else problem.protocols:
         chosen = dataclasses.replace(plan, protocol=protocol)
