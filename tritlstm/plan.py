@@ -37,6 +37,7 @@ __all__ = [
     "tiers",
 ]
 
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 TIERS = ("single", "persistent", "streaming", "step")
 PROTOCOLS = {"none": exchange.NONE.value, "counter": exchange.COUNTER.value, "flag": exchange.FLAG.value}
 KERNELS = {"forward": "recurrent_forward", "backward": "recurrent_backward"}
@@ -324,7 +325,9 @@ def _teams(problem: _Problem, tier: str) -> tuple[tuple[int, int], ...]:
     The step tier has no exchange, so no teams.
     """
     if problem.direction == "forward" or tier == "step":
-        sizes = (16,) if _scalar_products(problem) else (16, 32, 64) if problem.direction == "forward" else (16, 32)
+        # Triton 3.6 has a few registers too few for 64 units without wgmma.
+        wide = problem.direction == "forward" and (TRITON >= (3, 7) or problem.device.matrix_rows > 16)
+        sizes = (16,) if _scalar_products(problem) else (16, 32, 64) if wide else (16, 32)
         return tuple((block_h, 1) for block_h in sizes)
     return ((16, 4),) if _scalar_products(problem) else ((16, 4), (32, 2), (32, 4))
 
@@ -340,8 +343,7 @@ def _hoists(device: Device) -> bool:
     """Whether the compiler may move what does not change out of the time loop. With wgmma it must not: the descriptors
     of all weights would take up registers. Without, Triton 3.9 would store the weights to shared memory in every step,
     out of registers that spill (seen by compiling every configuration); 3.7 does not need to be told."""
-    newer = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)
-    return newer and device.arch.startswith("sm_") and device.matrix_rows == 16
+    return TRITON >= (3, 9) and device.arch.startswith("sm_") and device.matrix_rows == 16
 
 
 def _num_warps(problem: _Problem, units: int) -> int:
@@ -352,9 +354,9 @@ def _num_warps(problem: _Problem, units: int) -> int:
 
 
 def _single_warps(problem: _Problem, units: int) -> int:
-    # Backward 16 of the product's rows a warp: eight would multiply 64 rows twice.
-    if problem.direction == "backward" and not _scalar_products(problem):
-        return max(units // 16, 2 if problem.device.warp_size == 64 else 1)
+    # Backward, 16 rows a warp of a wgmma's product: eight warps would multiply 64 rows twice.
+    if problem.direction == "backward" and 16 < problem.device.matrix_rows <= units and not _scalar_products(problem):
+        return units // 16
     return 4 if units < 32 else 8
 
 
