@@ -325,8 +325,9 @@ def _teams(problem: _Problem, tier: str) -> tuple[tuple[int, int], ...]:
     The step tier has no exchange, so no teams.
     """
     if problem.direction == "forward" or tier == "step":
-        # Triton 3.6 has a few registers too few for 64 units without wgmma.
-        wide = problem.direction == "forward" and (TRITON >= (3, 7) or problem.device.matrix_rows > 16)
+        # 64 units without wgmma take all registers, and with Triton 3.6 or 3.9 a few more.
+        fit = problem.device.matrix_rows > 16 or (3, 7) <= TRITON < (3, 9)
+        wide = problem.direction == "forward" and fit
         sizes = (16,) if _scalar_products(problem) else (16, 32, 64) if wide else (16, 32)
         return tuple((block_h, 1) for block_h in sizes)
     return ((16, 4),) if _scalar_products(problem) else ((16, 4), (32, 2), (32, 4))
