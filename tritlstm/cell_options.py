@@ -7,6 +7,7 @@ layer and direction: tensors, floats, ints and flags, which an operator schema c
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -111,7 +112,7 @@ class CellOptions:
         """Whether a training step draws random numbers."""
         return max(*self.zoneout, self.recurrent_dropout, self.weight_dropout) > 0
 
-    @property
+    @functools.cached_property
     def changed(self) -> dict[str, Any]:
         """The options that are not the plain LSTM's, by name."""
         return {

@@ -268,7 +268,10 @@ def _unrolls(x: Tensor, options: Options) -> bool:
 
 def transforms(x: Tensor) -> bool:
     """Whether vmap or forward mode is on, which torch's own LSTM and LSTMCell do not know, or not in float32."""
-    if torch.compiler.is_compiling() or x.device.type not in ("cpu", "cuda"):
+    # Asked in every call, where it is almost always false: the quick questions come first.
+    if torch.compiler.is_compiling() or not (torch._C._are_functorch_transforms_active() or ops.forward_mode()):
+        return False
+    if x.device.type not in ("cpu", "cuda"):
         return False
     stack = torch._C._functorch.get_interpreter_stack() or ()
     return ops.forward_mode() or any(level.key() != torch._C._functorch.TransformType.Grad for level in stack)

@@ -101,7 +101,9 @@ def report(shape: Shape, direction: str, device: Device, compiled: bool = True) 
     element, width = p.dtype.itemsize, plan.padded(shape.H)
     depth = width * (1 if direction == "forward" else 4)
     streamed = (1 - p.resident / p.chunks) * 4 * width * element * p.block_h if p.tier != "single" else 0
-    reads = 0 if p.tier == "single" else p.n_blocks * shape.B * depth * element
+    reads = 0 if p.tier == "single" else p.n_blocks * shape.B * depth // p.parts * element
+    if p.parts > 1:
+        reads += p.n_blocks * p.parts * p.block_h * shape.B * 8  # partial sums and their turns
     l2_bytes = round(reads + streamed * p.n_blocks * p.n_tiles)
     gates, cells, h = 4 * width * element, 4 * width, width * element
     memory_bytes = shape.B * (2 * gates + cells + h if direction == "forward" else 2 * gates + 2 * cells + h)

@@ -282,6 +282,7 @@ typedef struct array {
     const char *name;
     uintptr_t begin, end;
     int written;
+    size_t place; /* among the arguments: of two that begin together, the earlier is named first */
 } array;
 
 typedef struct arrays {
@@ -312,7 +313,13 @@ static void add_array(arrays *set, const char *name, const void *pointer, size_t
         set->status = fail(TRITLSTM_ERROR_OVERFLOW, "%s of %zu bytes does not fit the address space", name, bytes);
         return;
     }
-    if (bytes) set->items[set->count++] = (array){name, begin, begin + bytes, written};
+    if (bytes) set->items[set->count] = (array){name, begin, begin + bytes, written, set->count};
+    if (bytes) set->count++;
+}
+
+static int later(const array *a, const array *b)
+{
+    return a->begin > b->begin || (a->begin == b->begin && a->place > b->place);
 }
 
 /* Shell's sort with the gaps of Ciura (2001): in place, where the C library's qsort may allocate. */
@@ -323,7 +330,7 @@ static void sort_by_address(array *items, size_t count)
         for (size_t k = gaps[g]; k < count; k++) {
             array moved = items[k];
             size_t at = k;
-            for (; at >= gaps[g] && items[at - gaps[g]].begin > moved.begin; at -= gaps[g])
+            for (; at >= gaps[g] && later(&items[at - gaps[g]], &moved); at -= gaps[g])
                 items[at] = items[at - gaps[g]];
             items[at] = moved;
         }
