@@ -59,7 +59,7 @@ def test_a_shape_is_explained_by_model_and_code(capsys: pytest.CaptureFixture[st
     rows = {" ".join(line[:-2]): line[-2:] for line in lines[1:]}
     p = plan.recurrent("forward", 1024, 16, 768, shape_report.DTYPES["fp16"], plan.DEVICES["sm_90"])
     assert rows["predicted us a step, all tiles"][0] == f"{p.us_per_step:.2f}"
-    # 48 blocks read 16 rows of 768 values of 2 bytes, backward a quarter of 4 * 768 and 4 tiles of 16 x 16 partial sums.
+    # 48 blocks read 16 rows of 768 values of 2 bytes, backward a quarter of 4 * 768; and 4 tiles of 16 x 16 sums.
     assert rows["bytes from L2 a step"] == [f"{48 * 16 * 768 * 2:,}", f"{48 * 16 * (768 * 2 + 4 * 16 * 8):,}"]
     # Forward: products in, gates out, cells, h: (8 + 8 + 4 + 2) bytes a unit. Backward: 8 + 8 + 2 * 4 + 2.
     assert rows["bytes of memory a step, least"] == [f"{16 * 768 * 22:,}", f"{16 * 768 * 26:,}"]

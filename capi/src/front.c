@@ -313,8 +313,10 @@ static void add_array(arrays *set, const char *name, const void *pointer, size_t
         set->status = fail(TRITLSTM_ERROR_OVERFLOW, "%s of %zu bytes does not fit the address space", name, bytes);
         return;
     }
-    if (bytes) set->items[set->count] = (array){name, begin, begin + bytes, written, set->count};
-    if (bytes) set->count++;
+    if (bytes) {
+        set->items[set->count] = (array){name, begin, begin + bytes, written, set->count};
+        set->count++;
+    }
 }
 
 static int later(const array *a, const array *b)
