@@ -7,7 +7,6 @@ layer and direction: tensors, floats, ints and flags, which an operator schema c
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -53,6 +52,8 @@ class CellOptions:
     num_heads: int = 1
     layer_norm: bool = False
     recompute: bool = False
+    #: The options that are not the plain LSTM's, by name; asked in every call.
+    changed: dict[str, Any] = dataclasses.field(init=False, repr=False, compare=False, hash=False)
 
     @classmethod
     def checked(cls, hidden_sizes: tuple[int, ...], proj_size: int, **given: Any) -> CellOptions:
@@ -112,14 +113,10 @@ class CellOptions:
         """Whether a training step draws random numbers."""
         return max(*self.zoneout, self.recurrent_dropout, self.weight_dropout) > 0
 
-    @functools.cached_property
-    def changed(self) -> dict[str, Any]:
-        """The options that are not the plain LSTM's, by name."""
-        return {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if getattr(self, field.name) != field.default
-        }
+    def __post_init__(self) -> None:
+        given = [field for field in dataclasses.fields(self) if field.init]
+        changed = {f.name: getattr(self, f.name) for f in given if getattr(self, f.name) != f.default}
+        object.__setattr__(self, "changed", changed)
 
 
 def _is_probability(value: Any) -> bool:
