@@ -240,6 +240,25 @@ def test_what_a_loop_calls_is_in_the_loop() -> None:
     assert reads(code) == [("LDG.E", True)]
 
 
+def test_nothing_follows_a_trap() -> None:
+    code = sass("""
+        LDC.64 R2, c[0x0][0x218]
+        LDG.E R20, desc[UR4][R2.64]
+        .L_x_0:
+        @P1 BRA `(.L_x_2)
+        LDC.64 R2, c[0x0][0x220]
+        .L_x_1:
+        LDG.E.STRONG.SYS R8, desc[UR4][R2.64]
+        FADD2 R2, R8.F32x2.HI_LO, R10.F32x2.HI_LO
+        @P0 BRA `(.L_x_0)
+        EXIT
+        .L_x_2:
+        BPT.TRAP 0x1
+        BRA `(.L_x_1)
+    """)
+    assert reads(code) == [("LDG.E", False)]
+
+
 def test_an_indirect_jump_is_refused() -> None:
     with pytest.raises(ValueError, match="cannot follow the indirect jump BRX R2"):
         _ = sass("BRX R2 -0x10\nEXIT").in_loop

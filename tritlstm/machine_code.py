@@ -355,7 +355,8 @@ class _Sass(Code):
             return (target,) if always else (at + 1, target)
         if name == "BSYNC":
             return tuple({at + 1, self._reconverge.get(at, at + 1)})
-        if name in ("EXIT", "RET") and not instruction.guarded:
+        # A trap aborts the launch: what stands behind it is somebody else's code.
+        if (name in ("EXIT", "RET") or instruction.opcode == "BPT.TRAP") and not instruction.guarded:
             return ()
         return (at + 1,)
 
@@ -418,7 +419,7 @@ def _sass_width(instruction: Instruction) -> int:
     opcode = instruction.opcode
     if ".128" in opcode or instruction.mnemonic == "HMMA":
         return 4
-    if ".64" in opcode or ".WIDE" in opcode or opcode == "CS2R":
+    if ".64" in opcode or ".WIDE" in opcode or opcode == "CS2R" or instruction.mnemonic in ("FADD2", "FMUL2", "FFMA2"):
         return 2
     return 1
 
