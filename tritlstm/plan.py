@@ -442,7 +442,7 @@ def _feasible(
         problem.direction, tier, "none", hidden, problem.dtype, problem.precision, block_h, block_b, block_k, parts,
         chunks, resident, poll, num_warps, n_blocks, n_groups, n_tiles, shared, problem.save, cost=_NO_COST,
         max_registers=_max_registers(device, not forward and tier != "single" and cells > 2),
-        amd=device.arch.startswith("gfx"), hoist=tier != "step" and _hoists(device),
+        amd=device.arch.startswith("gfx"), hoist=tier in ("single", "persistent") and _hoists(device),
     )  # fmt: skip
     for protocol in ("none",) if tier in ("single", "step") else problem.protocols:
         chosen = dataclasses.replace(plan, protocol=protocol)
