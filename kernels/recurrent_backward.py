@@ -69,6 +69,7 @@ def _sum(tiles, COUNT: tl.constexpr):
     "T", "B", "grad_out_stride_t", "grad_out_stride_b", "step_begin", "step_end", "reverse", "n_tiles", "spin_limit"
 ])  # fmt: skip
 def recurrent_backward(
+    # With CHAINS, [T, B, …] are [T, B, CHAINS, …] and the others but lengths are [CHAINS, …].
     grad_out_ptr,  # rows of H: row t * stride_t + b * stride_b; or None
     grad_h_n_ptr,  # [B, H] or None
     grad_c_n_ptr,  # [B, H] or None
@@ -107,6 +108,7 @@ def recurrent_backward(
     PRECISION: tl.constexpr,
     # Off by default, and then without a trace in the compiled kernel:
     HOIST: tl.constexpr = False,  # let the compiler move what does not change out of the time loop
+    CHAINS: tl.constexpr = 1,  # recurrences side by side, of which the last `reverse` walk in reverse
     cuts_ptr=None,  # [T, B] int32: whether the state was zeroed before the step
     peephole_ptr=None,  # [3, H]: of i, f, o
     h_scale_ptr=None,  # [B, H]: times h on its way into the product
@@ -127,9 +129,30 @@ def recurrent_backward(
     WORD: tl.constexpr = 32 // dtype.primitive_bitwidth
     EXACT: tl.constexpr = WORD == 1
     STAY: tl.constexpr = not HOIST
+    ROW: tl.constexpr = CHAINS * HX
     block = tl.program_id(0)
     group = tl.program_id(1)
     n_blocks = tl.num_programs(0)
+    if CHAINS > 1:
+        tl.static_assert(ZONEOUT_H == 0 and ZONEOUT_C == 0, "chains have no random bits of their own")
+        chain = tl.program_id(2)
+        if grad_out_ptr is not None:
+            grad_out_ptr += chain * H
+        if grad_h_n_ptr is not None:
+            grad_h_n_ptr += chain.to(tl.int64) * B * H
+        if grad_c_n_ptr is not None:
+            grad_c_n_ptr += chain.to(tl.int64) * B * H
+        w_ptr += chain * (4 * H * HX)
+        c0_ptr += chain.to(tl.int64) * B * H
+        gates_ptr += chain * (4 * HX)
+        cells_ptr += chain * HX
+        grad_gates_ptr += chain * (4 * HX)
+        if PARTS > 1:
+            own: tl.constexpr = exchange.TAGGED_SLOTS * PARTS * BLOCK_H * BLOCK_B
+            parts_ptr += (chain * tl.num_programs(1) * n_blocks).to(tl.int64) * own
+        grad_c_ptr += chain.to(tl.int64) * B * H
+        counter_ptr += chain * n_tiles * exchange.COUNTER_STRIDE
+        reverse = (chain >= CHAINS - reverse).to(tl.int32)
     part = block % PARTS
     unit_begin = block * BLOCK_H
     team_begin = unit_begin - part * BLOCK_H
@@ -216,13 +239,13 @@ def recurrent_backward(
             row = t.to(tl.int64) * B + b_of_cell
 
             # Independent of the other blocks, and so ahead of the wait.
-            at = tl.expand_dims(row * (4 * HX) + unit_of_cell * 4, 3) + gate
+            at = tl.expand_dims(row * (4 * ROW) + unit_of_cell * 4, 3) + gate
             gates = tl.load(gates_ptr + at, mask=in_gates, other=0.0)
-            c = tl.load(cells_ptr + row * HX + unit_of_cell, mask=stored, other=0.0)
+            c = tl.load(cells_ptr + row * ROW + unit_of_cell, mask=stored, other=0.0)
             earlier_row = t_earlier.to(tl.int64) * B + b_of_cell
             starts = (t_earlier < 0) | (t_earlier >= length)
             c_earlier = tl.load(
-                cells_ptr + earlier_row * HX + unit_of_cell, mask=stored & (starts == 0), other=0.0
+                cells_ptr + earlier_row * ROW + unit_of_cell, mask=stored & (starts == 0), other=0.0
             )
             c_earlier = tl.where(starts, c0, c_earlier)
             if cuts_ptr is not None:
@@ -247,7 +270,7 @@ def recurrent_backward(
                 # In the first step nobody has a gradient to pass on: what is read instead is not used.
                 first_step = step == 0
                 source = tl.where(first_step, t, t_later).to(tl.int64) * B + b
-                later_words = tl.where(first_step, gates_words, grad_gates_words) + source * (4 * HX // WORD)
+                later_words = tl.where(first_step, gates_words, grad_gates_words) + source * (4 * ROW // WORD)
                 waiting = first_step == 0
                 acc = tl.zeros((ROWS, BLOCK_B), tl.float32)
                 for first in tl.static_range(0, RESIDENT, POLL):
@@ -321,7 +344,7 @@ def recurrent_backward(
             own_o = tl.where(active, do, 0.0).to(dtype)
             dc = tl.where(active, dc_earlier, dc)
 
-            words_at = grad_gates_words + (row * HX + unit_of_cell) * (4 // WORD)
+            words_at = grad_gates_words + (row * ROW + unit_of_cell) * (4 // WORD)
             if WORD == 2:
                 words = (exchange.pack_words(own_i, own_f), exchange.pack_words(own_g, own_o))
             else:

@@ -46,6 +46,7 @@ def _multiply(
 
 @triton.jit(do_not_specialize=["T", "B", "step_begin", "step_end", "reverse", "n_tiles", "spin_limit"])
 def recurrent_forward(
+    # With CHAINS, [T, B, …] are [T, B, CHAINS, …] and the others but lengths are [CHAINS, …].
     gates_ptr,  # [T, B, HX, 4]; in: input products with bias; out, if SAVE: activated gates
     w_ptr,  # [4H, HX], zero columns beyond H
     h0_ptr,  # [B, HX]
@@ -82,6 +83,7 @@ def recurrent_forward(
     PRECISION: tl.constexpr,
     # Off by default, and then without a trace in the compiled kernel:
     HOIST: tl.constexpr = False,  # let the compiler move what does not change out of the time loop
+    CHAINS: tl.constexpr = 1,  # recurrences side by side, of which the last `reverse` walk in reverse
     cuts_ptr=None,  # [T, B] int32: whether the state is zeroed before the step
     entry_ptr=None,  # [B + 1, HX]: h0 as the product reads it, and a row of zeros; None: h0_ptr
     peephole_ptr=None,  # [3, H]: of i, f, o
@@ -101,9 +103,24 @@ def recurrent_forward(
     WORD: tl.constexpr = 32 // dtype.primitive_bitwidth
     EXACT: tl.constexpr = WORD == 1
     STAY: tl.constexpr = not HOIST
+    ROW: tl.constexpr = CHAINS * HX
     block = tl.program_id(0)
     group = tl.program_id(1)
     n_blocks = tl.num_programs(0)
+    if CHAINS > 1:
+        tl.static_assert(ZONEOUT_H == 0 and ZONEOUT_C == 0, "chains have no random bits of their own")
+        chain = tl.program_id(2)
+        gates_ptr += chain * (4 * HX)
+        w_ptr += chain * (4 * H * HX)
+        h0_ptr += chain.to(tl.int64) * B * HX
+        c0_ptr += chain.to(tl.int64) * B * H
+        exchange_ptr += chain * HX
+        out_ptr += chain * H
+        cells_ptr += chain * HX
+        h_n_ptr += chain.to(tl.int64) * B * H
+        c_n_ptr += chain.to(tl.int64) * B * H
+        counter_ptr += chain * n_tiles * exchange.COUNTER_STRIDE
+        reverse = (chain >= CHAINS - reverse).to(tl.int32)
     unit_begin = block * BLOCK_H
     unit = unit_begin + tl.arange(0, BLOCK_H)
     unit_of_cell = layout.unit_of_cells(unit_begin, BLOCK_H)
@@ -159,7 +176,7 @@ def recurrent_forward(
         direction = 1 - 2 * reverse
         t_begin = reverse * (T - 1)
         first_row = (t_begin + direction * step_begin).to(tl.int64) * B + b_of_cell
-        at = gates_ptr + tl.expand_dims(first_row * (4 * HX) + unit_of_cell * 4, 3) + gate
+        at = gates_ptr + tl.expand_dims(first_row * (4 * ROW) + unit_of_cell * 4, 3) + gate
         upcoming = tl.load(at, mask=in_gates, other=0.0)
         for step in tl.range(step_begin, step_end, disable_licm=STAY):
             t = t_begin + direction * step
@@ -177,7 +194,7 @@ def recurrent_forward(
                 acc = tl.dot(weights[0], layout.matrix(own, BLOCK_H, BLOCK_B), acc, input_precision=PRECISION)
             else:
                 alive = exchange.await_count(counter, n_blocks * step, alive, status_ptr, step, spin_limit, PROTOCOL)
-                previous_rows = exchange_words + (t_previous.to(tl.int64) * B + b) * (HX // WORD)
+                previous_rows = exchange_words + (t_previous.to(tl.int64) * B + b) * (ROW // WORD)
                 # h0 is nobody's to deliver, and may hold any NaN.
                 fresh = tl.zeros((BLOCK_B,), tl.int1) | (step == 0)
                 if lengths_ptr is not None:
@@ -213,7 +230,7 @@ def recurrent_forward(
             p_i, p_f, p_g, p_o = layout.split_gates(tl.reshape(upcoming, (BLOCK_B // 8, BLOCK_H, 8, 2, 2)))
             # A step ahead, so that its latency hides behind the exchange.
             next_row = (t + direction).to(tl.int64) * B + b_of_cell
-            at = gates_ptr + tl.expand_dims(next_row * (4 * HX) + unit_of_cell * 4, 3) + gate
+            at = gates_ptr + tl.expand_dims(next_row * (4 * ROW) + unit_of_cell * 4, 3) + gate
             upcoming = tl.load(at, mask=in_gates & (step + 1 < step_end), other=0.0)
             r_i, r_f, r_g, r_o = layout.cells_of_product(acc, BLOCK_H, BLOCK_B)
             i, f, g, o, c_new, h_new = cell.forward(
@@ -243,7 +260,7 @@ def recurrent_forward(
                 result = h_new.to(dtype)
 
             if not SINGLE:
-                words_at = exchange_words + row * (HX // WORD)
+                words_at = exchange_words + row * (ROW // WORD)
                 sent = result
                 if h_scale_ptr is not None:
                     sent = (result.to(tl.float32) * h_scale).to(dtype)
@@ -254,13 +271,13 @@ def recurrent_forward(
                     exchange.publish(words_at + unit_of_cell, (sent.to(tl.int32, bitcast=True),), stored, AMD)
                 exchange.announce(counter, alive, PROTOCOL)
             if SINGLE or SEPARATE_OUT:
-                tl.store(out_ptr + row * H + unit_of_cell, result, mask=inside)
+                tl.store(out_ptr + row * (CHAINS * H) + unit_of_cell, result, mask=inside)
             if SAVE:
                 if KEEP_GATES:
-                    at = gates_ptr + tl.expand_dims(row * (4 * HX) + unit_of_cell * 4, 3) + gate
+                    at = gates_ptr + tl.expand_dims(row * (4 * ROW) + unit_of_cell * 4, 3) + gate
                     activated = layout.join_gates(i.to(dtype), f.to(dtype), g.to(dtype), o.to(dtype))
                     tl.store(at, activated, mask=in_gates)
-                tl.store(cells_ptr + row * HX + unit_of_cell, c, mask=stored)
+                tl.store(cells_ptr + row * ROW + unit_of_cell, c, mask=stored)
 
         tl.store(h_n_ptr + state, h, mask=inside)
         tl.store(c_n_ptr + state, c, mask=inside)

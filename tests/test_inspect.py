@@ -597,10 +597,15 @@ def test_a_random_size_is_planned_like_one_that_is_compiled(arch: str) -> None:
         batch = int(2 ** draw.uniform(0, 13))
         dtype, precision = draw.choice(products)
         direction, length = draw.choice(("forward", "backward")), draw.choice((1, 2))
-        chosen = plan.recurrent(direction, length, batch, hidden, dtype, device, precision)
+        chains = draw.choice((1, 2, draw.randint(2, 32)))
+        try:
+            chosen = plan.recurrent(direction, length, batch, hidden, dtype, device, precision, True, None, chains)
+        except plan.PlanError:
+            assert chains > 1
+            continue
         here = Configuration(inspect_kernels.recurrent_launch(chosen), chosen, dtype, device)
         if inspect_kernels.configuration_key(here) not in known:
-            missing.append((direction, length, batch, hidden, dtype, precision))
+            missing.append((direction, length, batch, hidden, dtype, precision, chains))
     assert len(missing) <= 10, missing
 
 

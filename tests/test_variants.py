@@ -568,7 +568,7 @@ class TestExplain:
         with emulator.emulate():
             for kind in ({"peephole": True, "zoneout": 0.1, "recurrent_dropout": 0.1}, {"recompute": True}):
                 assert tritlstm.explain(tritlstm.LSTM(D, H, **kind), x).path == "kernels"
-            heads = tritlstm.explain(tritlstm.LSTM(D, H, num_heads=3), x)
+            heads = tritlstm.explain(tritlstm.LSTM(D, H, num_heads=3, coupled=True), x)
             assert "num_heads=3 runs as one w_hh with zeros outside the heads: 3 times their products" in str(heads)
             norm = tritlstm.explain(tritlstm.LSTM(D, H, layer_norm=True), x)
             assert norm.path == "aten"

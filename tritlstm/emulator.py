@@ -55,7 +55,7 @@ class Delays:
 class Fault:
     """Kills (``kind='kill'``) or stops for good (``'stall'``) one program before its n-th store."""
 
-    program: tuple[int, int]
+    program: tuple[int, ...]  # its place in the grid
     store: int
     kind: str = "kill"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import inspect
+import itertools
 import mmap
 import os
 import random
@@ -60,9 +61,9 @@ class Builder(interpreter.InterpreterBuilder):
     def configure(self, emulation: dict[str, Any], program: tuple[int, ...]) -> None:
         self.delays = emulation["delays"]
         self.random = random.Random(f"{emulation['seed']}-{program}")
-        self.block = (program[0], program[1] if len(program) > 1 else 0)
+        self.block = program[0], program[1]
         fault = emulation["fault"]
-        mine = fault is not None and tuple(fault["program"]) == tuple(program)
+        mine = fault is not None and _whole(fault["program"]) == _whole(program)
         self.fault = fault if mine else None
         self.stores = 0
 
@@ -201,13 +202,17 @@ def prepare() -> None:
     interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
 
 
+def _whole(place: Sequence[int], missing: int = 0) -> tuple[int, ...]:
+    """A grid or a place in one with all three dimensions."""
+    return (*place, missing, missing)[:3]
+
+
 def run_program(request: dict[str, Any], program: tuple[int, ...], address: int) -> None:
     function = kernel_function(request["kernel"])
     current = interpreter.interpreter_builder
     current.configure(request["emulation"], program)
-    grid = tuple(request["grid"]) + (1,) * (3 - len(request["grid"]))
-    current.set_grid_dim(*grid)
-    current.set_grid_idx(*program, *(0,) * (3 - len(program)))
+    current.set_grid_dim(*_whole(request["grid"], 1))
+    current.set_grid_idx(*_whole(program))
     arguments = {name: to_interpreter(value, address) for name, value in request["arguments"].items()}
     arguments.update(request["constants"])
     function.rewrite()(**arguments)
@@ -245,7 +250,7 @@ def wait(children: dict[int, tuple], deadline: float, fault: Any) -> list[str]:
             continue
         program, pipe = children.pop(pid)
         code = os.waitstatus_to_exitcode(status)
-        excused = fault is not None and program == tuple(fault["program"])
+        excused = fault is not None and _whole(fault["program"]) == _whole(program)
         if code == 0 or excused:
             continue
         if code == -signal.SIGSEGV:
@@ -263,7 +268,7 @@ def serve(request: dict[str, Any]) -> dict[str, Any]:
     address = ctypes.addressof(ctypes.c_char.from_buffer(arena))
     protect(address, request["guards"])
     grid = request["grid"]
-    programs = [(x, y) for x in range(grid[0]) for y in range(grid[1] if len(grid) > 1 else 1)]
+    programs = list(itertools.product(*map(range, grid if len(grid) > 1 else (*grid, 1))))
     children: dict[int, tuple] = {}
     # Programs that wait for nobody may run one after another, which saves processes.
     shares = [programs] if request.get("serial") else [[program] for program in programs]

@@ -136,16 +136,17 @@ def explain(
     if "layer_norm" in changed:
         reason = "layer_norm needs a sum over all units between the product and the cell, which the kernels do not make"
         return Explanation("aten", reason, str(data.device), sizes, notes=own_notes)
-    found = _kernels(module, data.to(dtype=dtype, device="meta"), plan.device_of(data), sizes, training,
+    found = _kernels(module, data.to(dtype=dtype, device="meta"), plan.device_of(data), sizes, training, beyond,
                      plan.dot_precision(torch.empty(0, dtype=dtype)))  # fmt: skip
     return dataclasses.replace(found, notes=(*own_notes, *found.notes))
 
 
+def _folds(module: Any) -> bool:
+    return bool(getattr(module, "proj_size", 0))
+
+
 def _note_variant(module: Any, changed: dict[str, Any]) -> tuple[str, ...]:
     notes = []
-    if "num_heads" in changed:
-        count = changed["num_heads"]
-        notes.append(f"num_heads={count} runs as one w_hh with zeros outside the heads: {count} times their products")
     if "recompute" in changed:
         notes.append("recompute: backward makes the gates again, by one product over all steps")
     if getattr(module, "hidden_sizes", None):
@@ -180,25 +181,47 @@ def _sizes(module: nn.Module, input: Tensor | PackedSequence) -> tuple[int, int]
 
 
 def _kernels(
-    module: Any, data: Tensor, device: plan.Device, sizes: dict[str, int], training: bool, precision: str
+    module: Any,
+    data: Tensor,
+    device: plan.Device,
+    sizes: dict[str, int],
+    training: bool,
+    beyond: list[str],
+    precision: str,
 ) -> Explanation:
     length, batch, hidden = sizes["T"], sizes["B"], sizes["H"]
     emulation = emulator.current()
     overrides = {} if emulation is None else emulation.overrides
-    kernels = []
-    for direction in ("forward", "backward") if training else ("forward",):
-        arguments = (direction, length, batch, hidden, data.dtype, device, precision, training)
-        chosen = plan.recurrent(*arguments, overrides)
-        kernels.append(KernelChoice(direction, chosen, plan.tiers(*arguments)))
-    count = getattr(module, "num_layers", 1)
+
+    def choices(chains: int, width: int) -> list[KernelChoice]:
+        found = []
+        for direction in ("forward", "backward") if training else ("forward",):
+            arguments = (direction, length, batch, width, data.dtype, device, precision, training)
+            chosen = plan.recurrent(*arguments, overrides, chains)
+            found.append(KernelChoice(direction, chosen, plan.tiers(*arguments, chains)))
+        return found
+
+    layers = getattr(module, "num_layers", 1)
     directions = 1 + bool(getattr(module, "bidirectional", False))
-    name = "the layer" if count * directions == 1 else f"each of {count} layer(s) x {directions} direction(s)"
+    heads = module.cell_options.num_heads if "num_heads" in beyond else 1
+    together = heads if beyond == ["num_heads"] else 1 if beyond or _folds(module) else directions
+    try:
+        kernels = choices(together, hidden // heads if together > 1 else hidden)
+    except plan.PlanError:
+        kernels, together = choices(1, hidden), 1
+    one_by_one = directions if together == 1 or heads > 1 else 1
+    name = "the layer" if layers * one_by_one == 1 else f"each of {layers} layer(s) x {one_by_one} direction(s)"
+    if together > 1:
+        name += f", its {heads} heads side by side" if heads > 1 else ", both directions side by side"
     gemm = plan.gate_gemm(length * batch, sizes["D"], hidden, data.dtype, device, precision)
     tile = f"{gemm.block_m} rows, {gemm.block_n} gates, {gemm.block_k} deep"
     notes = [f"the product of input and weights in tiles of {tile}"]
-    if count * directions > 1:
-        notes.append("layers and directions run one after another")
-    if getattr(module, "proj_size", 0):
+    if layers * one_by_one > 1:
+        what = "layers and directions" if one_by_one > 1 else "layers"
+        notes.append(f"{what} run one after another")
+    if heads > 1 and together == 1:
+        notes.append(f"num_heads={heads} runs as one w_hh with zeros outside the heads: {heads} times their products")
+    if _folds(module):
         notes.append("projection is folded into w_hh, so the recurrence runs at the full width H")
     if training:
         notes.append("derivatives of a gradient and forward-mode ones run in plain PyTorch operators")

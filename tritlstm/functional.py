@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import _VF, Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import aten, ops
+from . import aten, chain_ops, ops
 from .cell_options import CellOptions
 from .ops import runs_kernels
 from .variants import Extras
@@ -388,12 +388,19 @@ def run_layers(
     """All layers and directions over x [T, B, D]."""
     directions = 2 if options.bidirectional else 1
     each = 2 + 2 * options.bias + (options.proj_size > 0)
-    states = []
+    states: list[States] = []
     for layer in range(options.num_layers):
         if layer > 0 and options.dropout > 0 and options.training:
             x = F.dropout(x, options.dropout)
+        both = range(layer * directions, (layer + 1) * directions)
+        if directions == 2 and _side_by_side(x, options, extras):
+            group = weights[both.start * each : both.stop * each]
+            h0, c0 = (state[both.start : both.stop] for state in hx)
+            x, h, c = _both_directions(x, group[:each], group[each:], h0, c0, lengths)
+            states.extend(zip(h.unbind(), c.unbind(), strict=True))
+            continue
         outs = []
-        for k in range(layer * directions, (layer + 1) * directions):
+        for k in both:
             group = weights[k * each : (k + 1) * each]
             w_ih, w_hh = group[:2]
             b_ih, b_hh = group[2:4] if options.bias else (None, None)
@@ -406,6 +413,22 @@ def run_layers(
         x = outs[0] if directions == 1 else torch.cat(outs, -1)
     h_n, c_n = zip(*states, strict=True)
     return x, torch.stack(h_n), torch.stack(c_n)
+
+
+def _side_by_side(x: Tensor, options: Options, extras: Extras | None) -> bool:
+    """Whether the kernels run both directions of a layer at once."""
+    if extras is not None or options.proj_size:
+        return False
+    return chain_ops.pays(x, 2, options.hidden_size, torch.is_grad_enabled())
+
+
+def _both_directions(
+    x: Tensor, forward: list[Tensor], backward: list[Tensor], h0: Tensor, c0: Tensor, lengths: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    w_ih, w_hh, *biases = (torch.stack(pair) for pair in zip(forward, backward, strict=True))
+    b_ih, b_hh = biases or (None, None)
+    out, h_n, c_n, _, _ = chain_ops.chains(x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, 1)
+    return out, h_n, c_n.to(h_n.dtype)
 
 
 def _layer(

@@ -25,6 +25,7 @@ import collections
 import contextlib
 import dataclasses
 import inspect
+import itertools
 import json
 import os
 import re
@@ -57,6 +58,8 @@ HIDDEN_SIZES = (
     16, *range(32, 257, 32), *range(320, 1025, 64), *range(1152, 2049, 128), *range(2304, 4097, 256)
 )  # fmt: skip
 BATCH_SIZES = (1, 16, 17, 32, 33, 48, 64, 65, 96, 128, 129, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
+#: Recurrences side by side: none, two directions, heads.
+CHAINS = (1, 2, 4, 16)
 #: Added to a hidden size for the uneven variant: no multiple of 8, so every mask is needed.
 UNEVEN = -3
 
@@ -132,7 +135,7 @@ def gemm_launch(chosen: GemmPlan, dtype: torch.dtype) -> Launch:
 def recurrent_key(chosen: RecurrentPlan) -> tuple:
     """What tells the kernels of a direction and dtype apart, except for H and what follows from it."""
     return (chosen.tier, chosen.protocol, chosen.block_h, chosen.block_b, chosen.block_k, chosen.parts,
-            chosen.num_warps, chosen.poll)  # fmt: skip
+            chosen.num_warps, chosen.poll, chosen.chains > 1)  # fmt: skip
 
 
 def configurations(device: Device, products: Any = PRODUCTS) -> list[Configuration]:
@@ -152,19 +155,19 @@ def configurations(device: Device, products: Any = PRODUCTS) -> list[Configurati
     for dtype, precision in products:
         if device.arch.startswith("gfx") and precision == "tf32" and dtype == torch.float32:
             continue  # dot_precision never asks for it there
-        for direction in ("forward", "backward"):
-            for length in (1, 2):
-                for sizes in _sizes_by_kernel(direction, length, dtype, precision, device):
-                    largest = plan.recurrent(direction, length, sizes[0][1], sizes[0][0], dtype, device, precision)
-                    keep(recurrent_launch(largest), largest, dtype)
-                    if direction == "forward":
-                        inference = dataclasses.replace(largest, save=False)
-                        keep(recurrent_launch(inference), inference, dtype)
-                    for hidden, batch in sizes:
-                        uneven = plan.recurrent(direction, length, batch, hidden + UNEVEN, dtype, device, precision)
-                        keep(recurrent_launch(uneven, lengths=True), uneven, dtype)
-                        if recurrent_key(uneven) == recurrent_key(largest):
-                            break
+        for direction, length, chains in itertools.product(("forward", "backward"), (1, 2), CHAINS):
+            fixed = (dtype, device, precision, True, None, chains)
+            for sizes in _sizes_by_kernel(direction, length, *fixed):
+                largest = plan.recurrent(direction, length, sizes[0][1], sizes[0][0], *fixed)
+                keep(recurrent_launch(largest), largest, dtype)
+                if direction == "forward":
+                    inference = dataclasses.replace(largest, save=False)
+                    keep(recurrent_launch(inference), inference, dtype)
+                for hidden, batch in sizes:
+                    uneven = plan.recurrent(direction, length, batch, hidden + UNEVEN, *fixed)
+                    keep(recurrent_launch(uneven, lengths=True), uneven, dtype)
+                    if recurrent_key(uneven) == recurrent_key(largest):
+                        break
         for hidden in HIDDEN_SIZES:
             for rows in (1, 16, 17, 256, 4096, 1 << 20):
                 for h in (hidden, hidden + UNEVEN):
@@ -173,14 +176,15 @@ def configurations(device: Device, products: Any = PRODUCTS) -> list[Configurati
     return list(found.values())
 
 
-def _sizes_by_kernel(
-    direction: str, length: int, dtype: torch.dtype, precision: str, device: Device
-) -> Iterable[list[tuple[int, int]]]:
+def _sizes_by_kernel(direction: str, length: int, *fixed: Any) -> Iterable[list[tuple[int, int]]]:
     """For each kernel that the planner chooses, where it does: (H, B), the largest H first."""
     sizes: dict[tuple, list[tuple[int, int]]] = {}
     for hidden in reversed(HIDDEN_SIZES):
         for batch in BATCH_SIZES:
-            chosen = plan.recurrent(direction, length, batch, hidden, dtype, device, precision)
+            try:
+                chosen = plan.recurrent(direction, length, batch, hidden, *fixed)
+            except plan.PlanError:
+                continue  # chains that do not fit run one after another, as layers
             sizes.setdefault(recurrent_key(chosen), []).append((hidden, batch))
     return sizes.values()
 

@@ -94,8 +94,9 @@ def _exchange_buffer(shape: tuple[int, ...], like: Tensor, protocol: str) -> Ten
 
 
 def _counters(layout: plan.RecurrentPlan, device: torch.device) -> Tensor:
-    words = layout.n_tiles * exchange.COUNTER_STRIDE.value if layout.protocol == "counter" else 1
-    return torch.zeros(words, dtype=torch.int32, device=device)
+    many = layout.protocol == "counter" or layout.chains > 1
+    words = layout.n_tiles * exchange.COUNTER_STRIDE.value if many else 1
+    return torch.zeros((layout.chains, words), dtype=torch.int32, device=device)
 
 
 def _parts(layout: plan.RecurrentPlan, device: torch.device) -> Tensor | None:
@@ -103,7 +104,7 @@ def _parts(layout: plan.RecurrentPlan, device: torch.device) -> Tensor | None:
         return None
     slots = layout.n_groups * exchange.TAGGED_SLOTS.value
     words = slots * layout.n_blocks * layout.parts * layout.block_h * layout.block_b
-    return torch.zeros(words, dtype=torch.int64, device=device)
+    return torch.zeros((layout.chains, words), dtype=torch.int64, device=device)
 
 
 def _steps(layout: plan.RecurrentPlan, length: int) -> list[tuple[int, int]]:

@@ -190,6 +190,8 @@ class RecurrentPlan:
     spin_limit: int = SPIN_LIMIT
     #: Constexpr parameters of a variant of the cell that are not the kernel's defaults.
     cell: tuple[tuple[str, Any], ...] = ()
+    chains: int = 1  # recurrences side by side in the buffers: directions, heads
+    at_once: int = 1  # of them, in one launch
 
     @property
     def prologue(self) -> int:
@@ -199,8 +201,8 @@ class RecurrentPlan:
 
     @property
     def us_per_step(self) -> float:
-        """Predicted time of one step of the whole batch."""
-        return self.cost.total * math.ceil(self.n_tiles / self.n_groups)
+        """Predicted time of one step of the whole batch, of all chains."""
+        return self.cost.total * math.ceil(self.n_tiles / self.n_groups) * math.ceil(self.chains / self.at_once)
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -221,17 +223,22 @@ class RecurrentPlan:
             "WARPS": self.num_warps,
             "PRECISION": self.precision,
         }
+        if self.chains > 1:
+            constants["CHAINS"] = self.chains
         if self.direction == "forward":
             separate = padded(self.hidden) != self.hidden
             return {**constants, "SAVE": self.save, "SEPARATE_OUT": separate, **dict(self.cell)}
         return {**constants, "PARTS": self.parts, **dict(self.cell)}
 
-    def launch(self, arguments: dict[str, Any]) -> Launch:
-        """The launch with its tensors and sizes filled in."""
+    def launch(self, arguments: dict[str, Any], chains: int | None = None) -> Launch:
+        """The launch with its tensors and sizes filled in; of ``chains``, if that is fewer than ``at_once``."""
         own = {"n_tiles": self.n_tiles, "spin_limit": self.spin_limit}
+        grid: tuple[int, ...] = (self.n_blocks, self.n_groups)
+        if self.chains > 1:
+            grid = (*grid, chains or self.at_once)
         return Launch(
             KERNELS[self.direction],
-            (self.n_blocks, self.n_groups),
+            grid,
             {**arguments, **own},
             self.constants,
             self.num_warps,
@@ -243,9 +250,11 @@ class RecurrentPlan:
         """One line: tier, protocol, tiles."""
         on_chip = f"{self.resident}/{self.chunks} chunks of w_hh on chip"
         teams = f" in teams of {self.parts}" if self.parts > 1 else ""
+        chains = f" x {self.at_once} of {self.chains} chains" if self.chains > 1 else ""
         return (
             f"{self.tier}, exchange {self.protocol}, {self.n_blocks} blocks of {self.block_h} units{teams} x "
-            f"{self.n_groups} groups, {self.n_tiles} batch tiles of {self.block_b}, {on_chip}, {self.num_warps} warps"
+            f"{self.n_groups} groups{chains}, {self.n_tiles} batch tiles of {self.block_b}, {on_chip}, "
+            f"{self.num_warps} warps"
         )
 
 
@@ -271,6 +280,7 @@ class _Problem:
     block_k: int | None = None
     #: The counter protocol runs where it is asked for: a barrier of all blocks of a group costs more than a flag.
     protocols: tuple[str, ...] = ("flag",)
+    chains: int = 1
 
     @property
     def element(self) -> int:
@@ -311,6 +321,8 @@ def _candidates(problem: _Problem) -> Iterator[RecurrentPlan]:
         if whole <= 128 and not problem.one_step:
             yield from _feasible(problem, "single", whole, block_b, 1, _single_warps(problem, whole))
         for tier in ("step",) if problem.one_step else ("persistent", "streaming", "step"):
+            if problem.chains > 1 and tier != "persistent" and not problem.one_step:
+                continue  # where one chain leaves no room for another, the layers run one after another
             for block_h, parts in _teams(problem, tier):
                 if block_h > 16 and block_h * parts >= 2 * padded(hidden):
                     continue
@@ -325,8 +337,8 @@ def _teams(problem: _Problem, tier: str) -> tuple[tuple[int, int], ...]:
     The step tier has no exchange, so no teams.
     """
     if problem.direction == "forward" or tier == "step":
-        # 64 units without wgmma take all registers, and with Triton 3.6 or 3.9 a few more.
-        fit = problem.device.matrix_rows > 16 or (3, 7) <= TRITON < (3, 9)
+        # 64 units without wgmma take all registers; side by side, or with Triton 3.6 or 3.9, a few more.
+        fit = problem.device.matrix_rows > 16 or ((3, 7) <= TRITON < (3, 9) and problem.chains == 1)
         wide = problem.direction == "forward" and fit
         sizes = (16,) if _scalar_products(problem) else (16, 32, 64) if wide else (16, 32)
         return tuple((block_h, 1) for block_h in sizes)
@@ -340,11 +352,13 @@ def _max_registers(device: Device, crowded: bool = False) -> int | None:
     return 255 if device.arch.startswith("sm_") and not untold else None
 
 
-def _hoists(device: Device) -> bool:
+def _hoists(device: Device, tier: str) -> bool:
     """Whether the compiler may move what does not change out of the time loop. With wgmma it must not: the descriptors
     of all weights would take up registers. Without, Triton 3.9 would store the weights to shared memory in every step,
-    out of registers that spill (seen by compiling every configuration); 3.7 does not need to be told."""
-    return TRITON >= (3, 9) and device.arch.startswith("sm_") and device.matrix_rows == 16
+    out of registers that spill, and 3.6 those of a single block (seen by compiling every configuration); 3.7 does not
+    need to be told."""
+    tiers = ("single", "persistent") if TRITON >= (3, 9) else ("single",) if TRITON < (3, 7) else ()
+    return tier in tiers and device.arch.startswith("sm_") and device.matrix_rows == 16
 
 
 def _num_warps(problem: _Problem, units: int) -> int:
@@ -397,7 +411,6 @@ def _feasible(
     n_tiles = -(-problem.batch // block_b)
     if tier != "step" and n_blocks > sms:
         return
-    n_groups = n_tiles if tier == "step" else min(n_tiles, sms // n_blocks)
     if tier == "single":
         block_k = block_h
         chunks = resident = poll = 1
@@ -440,13 +453,17 @@ def _feasible(
         shared = (resident + (resident < chunks)) * chunk_bytes + min(poll, chunks) * tile_bytes + scratch
     plan = RecurrentPlan(
         problem.direction, tier, "none", hidden, problem.dtype, problem.precision, block_h, block_b, block_k, parts,
-        chunks, resident, poll, num_warps, n_blocks, n_groups, n_tiles, shared, problem.save, cost=_NO_COST,
+        chunks, resident, poll, num_warps, n_blocks, n_tiles, n_tiles, shared, problem.save, cost=_NO_COST,
         max_registers=_max_registers(device, not forward and tier != "single" and cells > 2),
-        amd=device.arch.startswith("gfx"), hoist=tier in ("single", "persistent") and _hoists(device),
+        amd=device.arch.startswith("gfx"), hoist=_hoists(device, tier),
+        chains=problem.chains,
     )  # fmt: skip
+    most = problem.chains if tier == "step" else min(problem.chains, sms // n_blocks)
     for protocol in ("none",) if tier in ("single", "step") else problem.protocols:
-        chosen = dataclasses.replace(plan, protocol=protocol)
-        yield dataclasses.replace(chosen, cost=_cost(problem, chosen))
+        for at_once in {1, most}:
+            n_groups = n_tiles if tier == "step" else min(n_tiles, sms // (n_blocks * at_once))
+            chosen = dataclasses.replace(plan, protocol=protocol, at_once=at_once, n_groups=n_groups)
+            yield dataclasses.replace(chosen, cost=_cost(problem, chosen))
 
 
 _NO_COST = StepCost(0, 0, 0, 0, 0, 0, 0, 0)
@@ -455,8 +472,9 @@ _NO_COST = StepCost(0, 0, 0, 0, 0, 0, 0, 0)
 def _cost(problem: _Problem, plan: RecurrentPlan) -> StepCost:
     """The cost model; kernels/README.md derives every line."""
     device, element = problem.device, problem.element
-    blocks = min(plan.n_blocks * plan.n_groups, device.sms)
-    waves = math.ceil(plan.n_blocks * plan.n_groups / device.sms)
+    blocks = plan.n_blocks * plan.n_groups * plan.at_once
+    waves = math.ceil(blocks / device.sms)
+    blocks = min(blocks, device.sms)
     rows = min(plan.block_b, problem.batch)
     clock = device.clock_ghz * 1e3
     depth = problem.depth
@@ -489,7 +507,7 @@ def _cost(problem: _Problem, plan: RecurrentPlan) -> StepCost:
     cell = CELL_US + rows * plan.block_h * 4e-5 / plan.num_warps
     prefill = 0.0
     if plan.protocol == "flag":
-        prefill = rows * plan.n_groups * depth * element / device.memory_bytes_per_us
+        prefill = rows * plan.n_groups * plan.at_once * depth * element / device.memory_bytes_per_us
     launch = LAUNCH_US if plan.tier == "step" and not problem.one_step else 0.0
     weights = max(matrix, shared) + FENCE_US * plan.chunks
     return StepCost(
@@ -511,12 +529,15 @@ def recurrent(
     precision: str = "ieee",
     save: bool = True,
     overrides: Mapping[str, Any] | None = None,
+    chains: int = 1,
 ) -> RecurrentPlan:
     """The fastest predicted plan of one recurrent kernel.
 
-    ``direction`` is ``'forward'`` or ``'backward'``; ``overrides`` fixes fields of :class:`RecurrentPlan`
-    (``tier``, ``protocol``, ``block_h``, ``block_b``, ``block_k``, ``num_warps``, backward ``parts``, and after the
-    choice ``resident``, ``poll``, ``n_groups``). Raises :class:`PlanError` if nothing fits.
+    ``direction`` is ``'forward'`` or ``'backward'``; ``overrides`` fixes fields of :class:`RecurrentPlan` (``tier``,
+    ``protocol``, ``block_h``, ``block_b``, ``block_k``, ``num_warps``, backward ``parts``, ``at_once``, and after the
+    choice ``resident``, ``poll``, ``n_groups``). ``chains``: so many recurrences side by side, which need nothing of
+    each other (directions, heads of H units); only plans that hold w_hh on chip, and those of one step, know them.
+    Raises :class:`PlanError` if nothing fits.
     """
     fixed = dict(overrides or {})
     if direction == "forward":
@@ -525,7 +546,9 @@ def recurrent(
     # A single step needs no exchange; every longer sequence is planned alike.
     asked = fixed.get("protocol")
     protocols = (asked,) if asked in ("flag", "counter") else ("flag",)
-    problem = _Problem(direction, batch, hidden, dtype, precision, device, save, length == 1, block_k, protocols)
+    problem = _Problem(
+        direction, batch, hidden, dtype, precision, device, save, length == 1, block_k, protocols, chains
+    )
     return _best(problem, tuple(sorted(fixed.items())))
 
 
@@ -538,9 +561,10 @@ def tiers(
     device: Device,
     precision: str = "ieee",
     save: bool = True,
+    chains: int = 1,
 ) -> dict[str, RecurrentPlan | str]:
     """The best plan of every tier or, where a tier can't run these sizes, the reason."""
-    problem = _Problem(direction, batch, hidden, dtype, precision, device, save, length == 1)
+    problem = _Problem(direction, batch, hidden, dtype, precision, device, save, length == 1, chains=chains)
     found: dict[str, RecurrentPlan | str] = {}
     for tier in TIERS:
         plans = [plan for plan in _candidates(problem) if plan.tier == tier]
@@ -553,6 +577,8 @@ def _why_not(problem: _Problem, tier: str) -> str:
     weights = 4 * hidden * hidden * problem.element
     if problem.one_step and tier != "step":
         return "a single time step needs no loop"
+    if problem.chains > 1 and tier in ("streaming", "step"):
+        return "it runs one chain after another"
     if tier == "single":
         return (
             f"a block would hold all of w_hh, {_kib(weights)} KiB, in at most {_kib(device.shared_bytes)} KiB of "
@@ -576,7 +602,7 @@ def _kib(size: int) -> int:
     return -(-size // 1024)
 
 
-CHOICES = ("tier", "protocol", "block_h", "block_b", "num_warps", "parts")
+CHOICES = ("tier", "protocol", "block_h", "block_b", "num_warps", "parts", "at_once")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -587,9 +613,10 @@ def _best(problem: _Problem, fixed: tuple[tuple[str, Any], ...]) -> RecurrentPla
         raise PlanError(
             f"no {problem.direction} kernel configuration for H={problem.hidden}, B={problem.batch}, "
             f"{problem.dtype} on {problem.device.name} ({problem.device.sms} multiprocessors, "
-            f"{problem.device.shared_bytes} bytes of shared memory a block){f' with {wanted}' if wanted else ''}"
+            f"{problem.device.shared_bytes} bytes of shared memory a block)"
+            f"{f', {problem.chains} chains' if problem.chains > 1 else ''}{f' with {wanted}' if wanted else ''}"
         )
-    best = min(suiting, key=lambda plan: (plan.us_per_step, plan.num_warps, plan.block_b, plan.block_h))
+    best = min(suiting, key=lambda plan: (plan.us_per_step, plan.num_warps, plan.block_b, plan.block_h, -plan.at_once))
     return _adjusted(best, {key: value for key, value in wanted.items() if key not in CHOICES})
 
 

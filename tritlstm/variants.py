@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import aten, ops, random_bits, variant_ops
+from . import aten, chain_ops, ops, random_bits, variant_ops
 from .cell_options import Cell, CellOptions
 
 __all__ = ["PARAMETERS", "Extras", "dense_heads"]
@@ -81,6 +81,8 @@ class Extras(NamedTuple):
             gate0: Tensor | None = None,
         ) -> ops.Results:
             if options.num_heads > 1:
+                if gate0 is None and self.heads_apart(x, h0.size(1)):
+                    return _heads(options.num_heads, x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse)
                 w_hh = dense_heads(w_hh, options.num_heads)
             if options.weight_dropout and self.training:
                 kept = self._kept(k, _WEIGHT, w_hh, options.weight_dropout)
@@ -100,6 +102,12 @@ class Extras(NamedTuple):
             return results
 
         return run
+
+    def heads_apart(self, x: Tensor, hidden: int) -> bool:
+        """Whether the kernels run each head by itself; beside other options the heads are one w_hh with zeros."""
+        plain = not (self.options.changed.keys() - {"num_heads"}) and self.resets is None and self.record is None
+        heads = self.options.num_heads
+        return plain and chain_ops.pays(x, heads, hidden // heads, torch.is_grad_enabled())
 
     def _cell(self, k: int, peephole: Tensor | None, x: Tensor, h0: Tensor) -> Cell:
         options = self.options
@@ -135,6 +143,36 @@ class Extras(NamedTuple):
         words = random_bits.draw(self._stream(k, purpose), tuple(like.shape))[0]
         scale = torch.full((), 1 / (1 - p), dtype=aten.state_dtype(like.dtype), device=like.device)
         return torch.where(random_bits.bernoulli(words, p), 0.0, scale)
+
+
+def _heads(
+    heads: int,
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    h0: Tensor,
+    c0: Tensor,
+    lengths: Tensor | None,
+    reverse: bool,
+) -> ops.Results:
+    """A layer by its heads, side by side. Their rows of a parameter are those of gate i, of f, of g and of o."""
+
+    def by_head(parameter: Tensor | None) -> Tensor | None:
+        if parameter is None:
+            return None
+        return parameter.unflatten(0, (4, heads, -1)).transpose(0, 1).flatten(1, 2)
+
+    def of_heads(state: Tensor) -> Tensor:
+        return state.unflatten(1, (heads, -1)).transpose(0, 1)
+
+    weights = [by_head(parameter) for parameter in (w_ih, w_hh, b_ih, b_hh)]
+    run: Any = chain_ops.chains
+    turned = heads if reverse else 0
+    out, h_n, c_n, gates, cells = run(x, *weights, of_heads(h0), of_heads(c0), lengths, turned)
+    h_n, c_n = (state.transpose(0, 1).flatten(1, 2) for state in (h_n, c_n))
+    return out, h_n, c_n, gates, cells
 
 
 def dense_heads(w_hh: Tensor, heads: int) -> Tensor:
