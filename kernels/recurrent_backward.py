@@ -54,6 +54,26 @@ def _multiply(
 
 
 @triton.jit
+def _from_above(
+    weights, words, depth_begin, depth_end, mark, status, step, spin_limit, dtype: tl.constexpr, CHUNKS: tl.constexpr,
+    POLL: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
+    PROTOCOL: tl.constexpr, AMD: tl.constexpr, WARPS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The products of w_ih with the gate gradients that the layer above has of this step."""
+    waiting = tl.full((), 1, tl.int1)
+    acc = tl.zeros((ROWS, BLOCK_B), tl.float32)
+    for first in tl.static_range(0, CHUNKS, POLL):
+        acc = _multiply(
+            weights, words, depth_begin + first * BLOCK_K, depth_end, waiting, mark, status, step, spin_limit, acc,
+            dtype, first, POLL if first + POLL <= CHUNKS else CHUNKS - first,
+            first + POLL >= CHUNKS and CHUNKS * BLOCK_K > DEPTH, BLOCK_K, PROTOCOL, AMD, WARPS, PRECISION,
+        )  # fmt: skip
+        if PROTOCOL == exchange.COUNTER:
+            tl.debug_barrier()  # as in the time loop
+    return acc
+
+
+@triton.jit
 def _sum(tiles, COUNT: tl.constexpr):
     """Of 1, 2 or 4 tiles, pairwise: in the same order whatever came first."""
     if COUNT == 1:
@@ -113,6 +133,7 @@ def recurrent_backward(
     peephole_ptr=None,  # [3, H]: of i, f, o
     h_scale_ptr=None,  # [B, H]: times h on its way into the product
     noise_ptr=None,  # [3] int64, of zoneout
+    above_ptr=None,  # [CHAINS - 1, 4H, HX], of layers as a wavefront: w_ih of each but the first
     grad_h_ptr=None,  # [B, H] fp32, out: what zoneout passes by of the gradient of h0; a carry as grad_c_ptr
     COUPLED: tl.constexpr = False,
     CLIP: tl.constexpr = None,
@@ -133,10 +154,11 @@ def recurrent_backward(
     block = tl.program_id(0)
     group = tl.program_id(1)
     n_blocks = tl.num_programs(0)
+    STACKED: tl.constexpr = above_ptr is not None
     if CHAINS > 1:
         tl.static_assert(ZONEOUT_H == 0 and ZONEOUT_C == 0, "chains have no random bits of their own")
         chain = tl.program_id(2)
-        if grad_out_ptr is not None:
+        if grad_out_ptr is not None and not STACKED:
             grad_out_ptr += chain * H
         if grad_h_n_ptr is not None:
             grad_h_n_ptr += chain.to(tl.int64) * B * H
@@ -176,6 +198,15 @@ def recurrent_backward(
             weights = weights + (_weight_chunk(w_ptr, team_begin, k, depth_end, H, HX, ROWS, BLOCK_K),)
             if (j + 1) % PROLOGUE == 0:
                 # Else the compiler issues the loads of all chunks at once and runs out of registers.
+                tl.debug_barrier()
+
+    if STACKED:
+        above_ptr += tl.minimum(chain, CHAINS - 2) * (4 * H * HX)
+        above_weights = ()
+        for j in tl.static_range(RESIDENT):
+            k = depth_begin + j * BLOCK_K
+            above_weights = above_weights + (_weight_chunk(above_ptr, team_begin, k, depth_end, H, HX, ROWS, BLOCK_K),)
+            if (j + 1) % PROLOGUE == 0:
                 tl.debug_barrier()
 
     if PARTS > 1:
@@ -256,7 +287,10 @@ def recurrent_backward(
             dh = tl.where(t == last, grad_h_n, 0.0)
             if grad_out_ptr is not None:
                 out_row = t.to(tl.int64) * grad_out_stride_t + b_of_cell.to(tl.int64) * grad_out_stride_b
-                upstream = tl.load(grad_out_ptr + out_row * H + unit_of_cell, mask=inside, other=0.0)
+                shown = inside
+                if STACKED:
+                    shown = inside & (chain == CHAINS - 1)
+                upstream = tl.load(grad_out_ptr + out_row * H + unit_of_cell, mask=shown, other=0.0)
                 dh += upstream.to(tl.float32)
 
             if SINGLE:
@@ -266,6 +300,20 @@ def recurrent_backward(
                 acc = tl.dot(weights[3], layout.matrix(own_o, BLOCK_H, BLOCK_B), acc, input_precision=PRECISION)
                 from_later = layout.cells_of_sum(acc, BLOCK_H, BLOCK_B)
             else:
+                if STACKED:
+                    from_above = tl.zeros((ROWS, BLOCK_B), tl.float32)
+                    if chain < CHAINS - 1:
+                        # Ahead of this layer's own gradients, which are a step younger.
+                        above = counter + n_tiles * exchange.COUNTER_STRIDE
+                        alive = exchange.await_count(
+                            above, n_blocks * (step + 1), alive, status_ptr, step, spin_limit, PROTOCOL
+                        )
+                        above_words = grad_gates_words + 4 * HX // WORD + (t.to(tl.int64) * B + b) * (4 * ROW // WORD)
+                        from_above = _from_above(
+                            above_weights, above_words, depth_begin, depth_end, counter_ptr, status_ptr, step,
+                            spin_limit, dtype, RESIDENT, POLL, DEPTH, ROWS, BLOCK_B, BLOCK_K, PROTOCOL, AMD, WARPS,
+                            PRECISION,
+                        )  # fmt: skip
                 alive = exchange.await_count(counter, n_blocks * step, alive, status_ptr, step, spin_limit, PROTOCOL)
                 # In the first step nobody has a gradient to pass on: what is read instead is not used.
                 first_step = step == 0
@@ -294,6 +342,8 @@ def recurrent_backward(
                     )  # fmt: skip
                     # As above: the compiler would fetch many chunks ahead.
                     tl.debug_barrier()
+                if STACKED:
+                    acc = tl.where(first_step, 0.0, acc) + from_above
                 if PARTS > 1:
                     turn += 1
                     slot = turn % exchange.TAGGED_SLOTS * slot_words
@@ -307,7 +357,8 @@ def recurrent_backward(
                     from_later = _sum(parts, PARTS)
                 else:
                     from_later = layout.cells(acc, BLOCK_H, BLOCK_B)
-                from_later = tl.where(first_step, 0.0, from_later)
+                if not STACKED:
+                    from_later = tl.where(first_step, 0.0, from_later)
             if h_scale_ptr is not None:
                 from_later = from_later * h_scale
             if ZONEOUT_H > 0:

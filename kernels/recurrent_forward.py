@@ -44,6 +44,25 @@ def _multiply(
     return acc
 
 
+@triton.jit
+def _add_below(
+    acc, weights, words, mark, status, step, spin_limit, dtype: tl.constexpr, CHUNKS: tl.constexpr, POLL: tl.constexpr,
+    HX: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, PROTOCOL: tl.constexpr, AMD: tl.constexpr,
+    WARPS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``acc`` plus the products of w_ih with the h that the layer below has of this step."""
+    waiting = tl.full((BLOCK_B,), 1, tl.int1)
+    for first in tl.static_range(0, CHUNKS, POLL):
+        acc = _multiply(
+            weights, words, first * BLOCK_K, waiting, mark, status, step, spin_limit, acc, dtype, first,
+            POLL if first + POLL <= CHUNKS else CHUNKS - first, first + POLL >= CHUNKS and CHUNKS * BLOCK_K > HX,
+            HX, BLOCK_B, BLOCK_K, PROTOCOL, AMD, WARPS, PRECISION,
+        )  # fmt: skip
+        if PROTOCOL == exchange.COUNTER:
+            tl.debug_barrier()  # as in the time loop
+    return acc
+
+
 @triton.jit(do_not_specialize=["T", "B", "step_begin", "step_end", "reverse", "n_tiles", "spin_limit"])
 def recurrent_forward(
     # With CHAINS, [T, B, …] are [T, B, CHAINS, …] and the others but lengths are [CHAINS, …].
@@ -89,6 +108,10 @@ def recurrent_forward(
     peephole_ptr=None,  # [3, H]: of i, f, o
     h_scale_ptr=None,  # [B, H]: times h on its way into the product
     noise_ptr=None,  # [3] int64, of zoneout
+    # Of layers as a wavefront, each a chain that reads the one before it:
+    input_ptr=None,  # [T, B, HX, 4]: input products with bias of the first layer; gates_ptr is out alone
+    below_ptr=None,  # [CHAINS - 1, 4H, HX]: w_ih of the others
+    bias_ptr=None,  # [CHAINS, HX, 4] fp32: of the others; zero for the first
     KEEP_GATES: tl.constexpr = True,  # write the activated gates, if SAVE
     COUPLED: tl.constexpr = False,
     CLIP: tl.constexpr = None,
@@ -107,6 +130,7 @@ def recurrent_forward(
     block = tl.program_id(0)
     group = tl.program_id(1)
     n_blocks = tl.num_programs(0)
+    STACKED: tl.constexpr = below_ptr is not None
     if CHAINS > 1:
         tl.static_assert(ZONEOUT_H == 0 and ZONEOUT_C == 0, "chains have no random bits of their own")
         chain = tl.program_id(2)
@@ -115,7 +139,8 @@ def recurrent_forward(
         h0_ptr += chain.to(tl.int64) * B * HX
         c0_ptr += chain.to(tl.int64) * B * H
         exchange_ptr += chain * HX
-        out_ptr += chain * H
+        if not STACKED:
+            out_ptr += chain * H
         cells_ptr += chain * HX
         h_n_ptr += chain.to(tl.int64) * B * H
         c_n_ptr += chain.to(tl.int64) * B * H
@@ -145,6 +170,18 @@ def recurrent_forward(
             if (j + 1) % PROLOGUE == 0:
                 # Else the compiler issues the loads of all chunks at once and runs out of registers.
                 tl.debug_barrier()
+
+    if STACKED:
+        below_ptr += tl.maximum(chain - 1, 0) * (4 * H * HX)
+        below_weights = ()
+        for j in tl.static_range(RESIDENT):
+            k = j * BLOCK_K + tl.arange(0, BLOCK_K)
+            below_weights = below_weights + (_weight_chunk(below_ptr, unit_begin, k, H, HX, BLOCK_H),)
+            if (j + 1) % PROLOGUE == 0:
+                tl.debug_barrier()
+        bias_at = bias_ptr + chain * (4 * HX) + tl.expand_dims(unit_of_cell * 4, 3) + gate
+        bias = tl.load(bias_at, mask=(tl.expand_dims(unit_of_cell, 3) < HX) & (gate < 4), other=0.0)
+        b_i, b_f, b_g, b_o = layout.split_gates(tl.reshape(bias, (1, BLOCK_H, 1, 2, 2)))
 
     alive = tl.full((), 1, tl.int32)
     for tile in range(group, n_tiles, tl.num_programs(1)):
@@ -176,8 +213,12 @@ def recurrent_forward(
         direction = 1 - 2 * reverse
         t_begin = reverse * (T - 1)
         first_row = (t_begin + direction * step_begin).to(tl.int64) * B + b_of_cell
-        at = gates_ptr + tl.expand_dims(first_row * (4 * ROW) + unit_of_cell * 4, 3) + gate
-        upcoming = tl.load(at, mask=in_gates, other=0.0)
+        if STACKED:
+            at = input_ptr + tl.expand_dims(first_row * (4 * HX) + unit_of_cell * 4, 3) + gate
+            upcoming = tl.load(at, mask=in_gates & (chain == 0), other=0.0)
+        else:
+            at = gates_ptr + tl.expand_dims(first_row * (4 * ROW) + unit_of_cell * 4, 3) + gate
+            upcoming = tl.load(at, mask=in_gates, other=0.0)
         for step in tl.range(step_begin, step_end, disable_licm=STAY):
             t = t_begin + direction * step
             t_previous = t - direction
@@ -193,6 +234,18 @@ def recurrent_forward(
                     own = (own.to(tl.float32) * h_scale).to(dtype)
                 acc = tl.dot(weights[0], layout.matrix(own, BLOCK_H, BLOCK_B), acc, input_precision=PRECISION)
             else:
+                if STACKED:  # noqa: SIM102 - decided when compiled, unlike the one inside
+                    if chain > 0:
+                        # Ahead of this layer's own h, which is a step younger.
+                        below = counter - n_tiles * exchange.COUNTER_STRIDE
+                        alive = exchange.await_count(
+                            below, n_blocks * (step + 1), alive, status_ptr, step, spin_limit, PROTOCOL
+                        )
+                        below_words = exchange_words - HX // WORD + (t.to(tl.int64) * B + b) * (ROW // WORD)
+                        acc = _add_below(
+                            acc, below_weights, tl.multiple_of(below_words, 16), counter_ptr, status_ptr, step,
+                            spin_limit, dtype, RESIDENT, POLL, HX, BLOCK_B, BLOCK_K, PROTOCOL, AMD, WARPS, PRECISION,
+                        )  # fmt: skip
                 alive = exchange.await_count(counter, n_blocks * step, alive, status_ptr, step, spin_limit, PROTOCOL)
                 previous_rows = exchange_words + (t_previous.to(tl.int64) * B + b) * (ROW // WORD)
                 # h0 is nobody's to deliver, and may hold any NaN.
@@ -230,9 +283,15 @@ def recurrent_forward(
             p_i, p_f, p_g, p_o = layout.split_gates(tl.reshape(upcoming, (BLOCK_B // 8, BLOCK_H, 8, 2, 2)))
             # A step ahead, so that its latency hides behind the exchange.
             next_row = (t + direction).to(tl.int64) * B + b_of_cell
-            at = gates_ptr + tl.expand_dims(next_row * (4 * ROW) + unit_of_cell * 4, 3) + gate
-            upcoming = tl.load(at, mask=in_gates & (step + 1 < step_end), other=0.0)
+            if STACKED:
+                at = input_ptr + tl.expand_dims(next_row * (4 * HX) + unit_of_cell * 4, 3) + gate
+                upcoming = tl.load(at, mask=in_gates & (chain == 0) & (step + 1 < step_end), other=0.0)
+            else:
+                at = gates_ptr + tl.expand_dims(next_row * (4 * ROW) + unit_of_cell * 4, 3) + gate
+                upcoming = tl.load(at, mask=in_gates & (step + 1 < step_end), other=0.0)
             r_i, r_f, r_g, r_o = layout.cells_of_product(acc, BLOCK_H, BLOCK_B)
+            if STACKED:
+                r_i, r_f, r_g, r_o = r_i + b_i, r_f + b_f, r_g + b_g, r_o + b_o
             i, f, g, o, c_new, h_new = cell.forward(
                 r_i + p_i.to(tl.float32), r_f + p_f.to(tl.float32), r_g + p_g.to(tl.float32), r_o + p_o.to(tl.float32),
                 c, EXACT, AMD, peephole, COUPLED, CLIP, GATE, NODE, SHOWN,
@@ -270,7 +329,9 @@ def recurrent_forward(
                 else:
                     exchange.publish(words_at + unit_of_cell, (sent.to(tl.int32, bitcast=True),), stored, AMD)
                 exchange.announce(counter, alive, PROTOCOL)
-            if SINGLE or SEPARATE_OUT:
+            if STACKED:
+                tl.store(out_ptr + row * H + unit_of_cell, result, mask=inside & (chain == CHAINS - 1))
+            elif SINGLE or SEPARATE_OUT:
                 tl.store(out_ptr + row * (CHAINS * H) + unit_of_cell, result, mask=inside)
             if SAVE:
                 if KEEP_GATES:

@@ -597,15 +597,17 @@ def test_a_random_size_is_planned_like_one_that_is_compiled(arch: str) -> None:
         batch = int(2 ** draw.uniform(0, 13))
         dtype, precision = draw.choice(products)
         direction, length = draw.choice(("forward", "backward")), draw.choice((1, 2))
-        chains = draw.choice((1, 2, draw.randint(2, 32)))
+        chains, stacked = draw.choice((1, 2, draw.randint(2, 32))), draw.random() < 0.3
+        stacked = stacked and chains > 1
+        fixed = (dtype, device, precision, True, None, chains, stacked)
         try:
-            chosen = plan.recurrent(direction, length, batch, hidden, dtype, device, precision, True, None, chains)
+            chosen = plan.recurrent(direction, length, batch, hidden, *fixed)
         except plan.PlanError:
             assert chains > 1
             continue
         here = Configuration(inspect_kernels.recurrent_launch(chosen), chosen, dtype, device)
         if inspect_kernels.configuration_key(here) not in known:
-            missing.append((direction, length, batch, hidden, dtype, precision, chains))
+            missing.append((direction, length, batch, hidden, dtype, precision, chains, stacked))
     assert len(missing) <= 10, missing
 
 

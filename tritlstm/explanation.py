@@ -193,30 +193,42 @@ def _kernels(
     emulation = emulator.current()
     overrides = {} if emulation is None else emulation.overrides
 
-    def choices(chains: int, width: int) -> list[KernelChoice]:
+    def choices(chains: int, width: int, stacked: bool = False) -> list[KernelChoice]:
         found = []
         for direction in ("forward", "backward") if training else ("forward",):
             arguments = (direction, length, batch, width, data.dtype, device, precision, training)
-            chosen = plan.recurrent(*arguments, overrides, chains)
-            found.append(KernelChoice(direction, chosen, plan.tiers(*arguments, chains)))
+            chosen = plan.recurrent(*arguments, overrides, chains, stacked)
+            found.append(KernelChoice(direction, chosen, plan.tiers(*arguments, chains, stacked)))
         return found
 
     layers = getattr(module, "num_layers", 1)
     directions = 1 + bool(getattr(module, "bidirectional", False))
     heads = module.cell_options.num_heads if "num_heads" in beyond else 1
     together = heads if beyond == ["num_heads"] else 1 if beyond or _folds(module) else directions
+    wave = 1
+    dropped = layers > 1 and module.dropout > 0 and module.training
+    if not (beyond or dropped or directions > 1 or _folds(module)):
+        shape = (hidden, data.dtype, device, precision, training, overrides)
+        wave = next((n for n in range(layers, 1, -1) if plan.wavefront(length, batch, n, *shape)), 1)
     try:
-        kernels = choices(together, hidden // heads if together > 1 else hidden)
+        if wave > 1:
+            kernels = choices(wave, hidden, stacked=True)
+        else:
+            kernels = choices(together, hidden // heads if together > 1 else hidden)
     except plan.PlanError:
         kernels, together = choices(1, hidden), 1
     one_by_one = directions if together == 1 or heads > 1 else 1
     name = "the layer" if layers * one_by_one == 1 else f"each of {layers} layer(s) x {one_by_one} direction(s)"
     if together > 1:
         name += f", its {heads} heads side by side" if heads > 1 else ", both directions side by side"
+    if wave > 1:
+        name = f"{wave} layers as a wavefront"
+        if wave < layers:
+            name += f", the first of {layers}"
     gemm = plan.gate_gemm(length * batch, sizes["D"], hidden, data.dtype, device, precision)
     tile = f"{gemm.block_m} rows, {gemm.block_n} gates, {gemm.block_k} deep"
     notes = [f"the product of input and weights in tiles of {tile}"]
-    if layers * one_by_one > 1:
+    if layers * one_by_one > wave:
         what = "layers and directions" if one_by_one > 1 else "layers"
         notes.append(f"{what} run one after another")
     if heads > 1 and together == 1:

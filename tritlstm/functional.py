@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import _VF, Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import aten, chain_ops, ops
+from . import aten, chain_ops, ops, stack_ops
 from .cell_options import CellOptions
 from .ops import runs_kernels
 from .variants import Extras
@@ -389,9 +389,20 @@ def run_layers(
     directions = 2 if options.bidirectional else 1
     each = 2 + 2 * options.bias + (options.proj_size > 0)
     states: list[States] = []
+    done = 0  # layers that a wavefront took along
     for layer in range(options.num_layers):
+        if layer < done:
+            continue
         if layer > 0 and options.dropout > 0 and options.training:
             x = F.dropout(x, options.dropout)
+        count = _as_wavefront(x, options, options.num_layers - layer, extras)
+        if count > 1:
+            done = layer + count
+            groups = [weights[k * each : (k + 1) * each] for k in range(layer, done)]
+            h0, c0 = (state[layer:done] for state in hx)
+            x, h, c = _wavefront(x, groups, h0, c0, lengths)
+            states.extend(zip(h.unbind(), c.unbind(), strict=True))
+            continue
         both = range(layer * directions, (layer + 1) * directions)
         if directions == 2 and _side_by_side(x, options, extras):
             group = weights[both.start * each : both.stop * each]
@@ -413,6 +424,27 @@ def run_layers(
         x = outs[0] if directions == 1 else torch.cat(outs, -1)
     h_n, c_n = zip(*states, strict=True)
     return x, torch.stack(h_n), torch.stack(c_n)
+
+
+def _as_wavefront(x: Tensor, options: Options, layers: int, extras: Extras | None) -> int:
+    """How many of the next ``layers`` the kernels run at once."""
+    dropped = options.dropout > 0 and options.training
+    if extras is not None or options.proj_size or options.bidirectional or dropped or layers < 2:
+        return 1
+    for count in range(layers, 1, -1):
+        if stack_ops.pays(x, count, options.hidden_size, torch.is_grad_enabled()):
+            return count
+    return 1
+
+
+def _wavefront(
+    x: Tensor, groups: list[list[Tensor]], h0: Tensor, c0: Tensor, lengths: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    w_ih, w_hh, *biases = zip(*groups, strict=True)
+    b_ih, b_hh = (torch.stack(b) for b in biases) if biases else (None, None)
+    between = torch.stack(w_ih[1:])
+    out, h_n, c_n, *_ = stack_ops.stack(x, w_ih[0], between, torch.stack(w_hh), b_ih, b_hh, h0, c0, lengths)
+    return out, h_n, c_n.to(h_n.dtype)
 
 
 def _side_by_side(x: Tensor, options: Options, extras: Extras | None) -> bool:

@@ -60,6 +60,10 @@ HIDDEN_SIZES = (
 BATCH_SIZES = (1, 16, 17, 32, 33, 48, 64, 65, 96, 128, 129, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
 #: Recurrences side by side: none, two directions, heads.
 CHAINS = (1, 2, 4, 16)
+#: Layers as a wavefront.
+LAYERS = (2, 3, 4, 8)
+#: Parameters of the kernels that only a wavefront has.
+STACK = ("input_ptr", "below_ptr", "bias_ptr", "above_ptr")
 #: Added to a hidden size for the uneven variant: no multiple of 8, so every mask is needed.
 UNEVEN = -3
 
@@ -112,6 +116,8 @@ def recurrent_launch(chosen: RecurrentPlan, lengths: bool = False) -> Launch:
     given: dict[str, Any] = {}
     for name, parameter in names.items():
         if parameter.default is not inspect.Parameter.empty:
+            if chosen.stacked and name in STACK:
+                given[name] = single if name == "bias_ptr" else value
             continue  # of a variant of the cell
         if name in {"counter_ptr", "status_ptr"} or (name == "lengths_ptr" and lengths):
             given[name] = word
@@ -135,7 +141,7 @@ def gemm_launch(chosen: GemmPlan, dtype: torch.dtype) -> Launch:
 def recurrent_key(chosen: RecurrentPlan) -> tuple:
     """What tells the kernels of a direction and dtype apart, except for H and what follows from it."""
     return (chosen.tier, chosen.protocol, chosen.block_h, chosen.block_b, chosen.block_k, chosen.parts,
-            chosen.num_warps, chosen.poll, chosen.chains > 1)  # fmt: skip
+            chosen.num_warps, chosen.poll, chosen.chains > 1, chosen.stacked)  # fmt: skip
 
 
 def configurations(device: Device, products: Any = PRODUCTS) -> list[Configuration]:
@@ -155,8 +161,10 @@ def configurations(device: Device, products: Any = PRODUCTS) -> list[Configurati
     for dtype, precision in products:
         if device.arch.startswith("gfx") and precision == "tf32" and dtype == torch.float32:
             continue  # dot_precision never asks for it there
-        for direction, length, chains in itertools.product(("forward", "backward"), (1, 2), CHAINS):
-            fixed = (dtype, device, precision, True, None, chains)
+        side_by_side = itertools.product(("forward", "backward"), (1, 2), CHAINS, (False,))
+        stacked = itertools.product(("forward", "backward"), (2,), LAYERS, (True,))
+        for direction, length, chains, is_stacked in (*side_by_side, *stacked):
+            fixed = (dtype, device, precision, True, None, chains, is_stacked)
             for sizes in _sizes_by_kernel(direction, length, *fixed):
                 largest = plan.recurrent(direction, length, sizes[0][1], sizes[0][0], *fixed)
                 keep(recurrent_launch(largest), largest, dtype)

@@ -35,6 +35,7 @@ __all__ = [
     "gate_gemm",
     "recurrent",
     "tiers",
+    "wavefront",
 ]
 
 TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
@@ -192,6 +193,7 @@ class RecurrentPlan:
     cell: tuple[tuple[str, Any], ...] = ()
     chains: int = 1  # recurrences side by side in the buffers: directions, heads
     at_once: int = 1  # of them, in one launch
+    stacked: bool = False  # the chains are layers, each of which reads the one before it
 
     @property
     def prologue(self) -> int:
@@ -203,6 +205,10 @@ class RecurrentPlan:
     def us_per_step(self) -> float:
         """Predicted time of one step of the whole batch, of all chains."""
         return self.cost.total * math.ceil(self.n_tiles / self.n_groups) * math.ceil(self.chains / self.at_once)
+
+    def cost_of(self, length: int) -> float:
+        """Predicted µs of ``length`` steps; the last layer of a stack ends ``chains - 1`` steps after the first."""
+        return self.us_per_step * (length + (self.chains - 1 if self.stacked else 0))
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -250,7 +256,8 @@ class RecurrentPlan:
         """One line: tier, protocol, tiles."""
         on_chip = f"{self.resident}/{self.chunks} chunks of w_hh on chip"
         teams = f" in teams of {self.parts}" if self.parts > 1 else ""
-        chains = f" x {self.at_once} of {self.chains} chains" if self.chains > 1 else ""
+        what = "layers" if self.stacked else "chains"
+        chains = f" x {self.at_once} of {self.chains} {what}" if self.chains > 1 else ""
         return (
             f"{self.tier}, exchange {self.protocol}, {self.n_blocks} blocks of {self.block_h} units{teams} x "
             f"{self.n_groups} groups{chains}, {self.n_tiles} batch tiles of {self.block_b}, {on_chip}, "
@@ -281,6 +288,7 @@ class _Problem:
     #: The counter protocol runs where it is asked for: a barrier of all blocks of a group costs more than a flag.
     protocols: tuple[str, ...] = ("flag",)
     chains: int = 1
+    stacked: bool = False
 
     @property
     def element(self) -> int:
@@ -307,18 +315,20 @@ def _block_k(problem: _Problem, depth: int, tier: str, block_b: int, threads: in
         return chunks[-1]
     received = {chunk: chunk * block_b * problem.element / 4 / threads for chunk in chunks}
     # Without wgmma, the operands of a product pass through registers as well.
-    most = RECEIVED_REGISTERS / (2 if problem.device.matrix_rows > 16 else 4)
+    most = RECEIVED_REGISTERS / (2 if problem.device.matrix_rows > 16 else 4) / (2 if problem.stacked else 1)
     chunks = [chunk for chunk in chunks if received[chunk] <= most] or chunks[-1:]
     return min(chunks, key=lambda chunk: -(-depth // chunk) * (chunk + 48))
 
 
 def _candidates(problem: _Problem) -> Iterator[RecurrentPlan]:
     hidden = problem.hidden
+    if problem.stacked and problem.one_step:
+        return
     for block_b in (16, 32):
         if block_b > 16 and block_b >= 2 * _power_of_two(problem.batch, 16):
             continue
         whole = _power_of_two(padded(hidden), 16)
-        if whole <= 128 and not problem.one_step:
+        if whole <= 128 and not problem.one_step and not problem.stacked:
             yield from _feasible(problem, "single", whole, block_b, 1, _single_warps(problem, whole))
         for tier in ("step",) if problem.one_step else ("persistent", "streaming", "step"):
             if problem.chains > 1 and tier != "persistent" and not problem.one_step:
@@ -390,6 +400,8 @@ def _most_cells(problem: _Problem, tier: str, block_b: int) -> float:
         return 2 if (tier, problem.direction) == ("single", "forward") else 1
     if tier == "single":
         return 8 if problem.direction == "forward" or block_b == 16 else 0
+    if problem.stacked:
+        return 2
     return 2 if problem.direction == "backward" and problem.element == 4 else 4
 
 
@@ -403,6 +415,7 @@ def _feasible(
 ) -> Iterator[RecurrentPlan]:
     device, hidden, element, sms = problem.device, problem.hidden, problem.element, problem.device.sms
     forward = problem.direction == "forward"
+    matrices = 2 if problem.stacked else 1  # of weights a block
     threads = num_warps * device.warp_size
     cells = block_h * block_b / threads
     if cells > _most_cells(problem, tier, block_b):
@@ -432,6 +445,7 @@ def _feasible(
         per_tile = tile_bytes / 4 / threads
         from_shared = device.matrix_rows > 16
         received = RECEIVED_REGISTERS / (1 if cells <= 2 else 2 if tier == "persistent" and from_shared else 4)
+        received /= matrices  # two loops' worth of addresses are held
         resident = poll = 0
         for together in (16, 8, 4, 2, 1):
             held = min(together, chunks)  # tiles received at a time
@@ -441,7 +455,7 @@ def _feasible(
             if tier == "step" and most >= 1:
                 poll = 1
                 break
-            if tier == "persistent" and most >= chunks:
+            if tier == "persistent" and most >= chunks * matrices:
                 resident, poll = chunks, together
                 break
             # A streamed chunk passes through shared memory as well.
@@ -450,17 +464,19 @@ def _feasible(
                 break
         if poll == 0:
             return
-        shared = (resident + (resident < chunks)) * chunk_bytes + min(poll, chunks) * tile_bytes + scratch
+        shared = (resident * matrices + (resident < chunks)) * chunk_bytes + min(poll, chunks) * tile_bytes + scratch
     plan = RecurrentPlan(
         problem.direction, tier, "none", hidden, problem.dtype, problem.precision, block_h, block_b, block_k, parts,
         chunks, resident, poll, num_warps, n_blocks, n_tiles, n_tiles, shared, problem.save, cost=_NO_COST,
         max_registers=_max_registers(device, not forward and tier != "single" and cells > 2),
         amd=device.arch.startswith("gfx"), hoist=_hoists(device, tier),
-        chains=problem.chains,
+        chains=problem.chains, stacked=problem.stacked,
     )  # fmt: skip
     most = problem.chains if tier == "step" else min(problem.chains, sms // n_blocks)
+    if problem.stacked and most < problem.chains:
+        return
     for protocol in ("none",) if tier in ("single", "step") else problem.protocols:
-        for at_once in {1, most}:
+        for at_once in {most} if problem.stacked else {1, most}:
             n_groups = n_tiles if tier == "step" else min(n_tiles, sms // (n_blocks * at_once))
             chosen = dataclasses.replace(plan, protocol=protocol, at_once=at_once, n_groups=n_groups)
             yield dataclasses.replace(chosen, cost=_cost(problem, chosen))
@@ -508,8 +524,10 @@ def _cost(problem: _Problem, plan: RecurrentPlan) -> StepCost:
     prefill = 0.0
     if plan.protocol == "flag":
         prefill = rows * plan.n_groups * plan.at_once * depth * element / device.memory_bytes_per_us
+    if plan.stacked:  # what the layer below or above has is read and multiplied too
+        copy, matrix, shared = 2 * copy, 2 * matrix, 2 * shared
     launch = LAUNCH_US if plan.tier == "step" and not problem.one_step else 0.0
-    weights = max(matrix, shared) + FENCE_US * plan.chunks
+    weights = max(matrix, shared) + FENCE_US * plan.chunks * (2 if plan.stacked else 1)
     return StepCost(
         hand_off, copy * waves, parts * waves, weights * waves, streamed * waves, cell * waves, launch, prefill
     )
@@ -530,6 +548,7 @@ def recurrent(
     save: bool = True,
     overrides: Mapping[str, Any] | None = None,
     chains: int = 1,
+    stacked: bool = False,
 ) -> RecurrentPlan:
     """The fastest predicted plan of one recurrent kernel.
 
@@ -537,6 +556,7 @@ def recurrent(
     ``protocol``, ``block_h``, ``block_b``, ``block_k``, ``num_warps``, backward ``parts``, ``at_once``, and after the
     choice ``resident``, ``poll``, ``n_groups``). ``chains``: so many recurrences side by side, which need nothing of
     each other (directions, heads of H units); only plans that hold w_hh on chip, and those of one step, know them.
+    ``stacked``: they are layers instead, each of which reads the one before it, and all run at once.
     Raises :class:`PlanError` if nothing fits.
     """
     fixed = dict(overrides or {})
@@ -547,9 +567,33 @@ def recurrent(
     asked = fixed.get("protocol")
     protocols = (asked,) if asked in ("flag", "counter") else ("flag",)
     problem = _Problem(
-        direction, batch, hidden, dtype, precision, device, save, length == 1, block_k, protocols, chains
-    )
+        direction, batch, hidden, dtype, precision, device, save, length == 1, block_k, protocols, chains,
+        stacked,
+    )  # fmt: skip
     return _best(problem, tuple(sorted(fixed.items())))
+
+
+def wavefront(
+    length: int,
+    batch: int,
+    layers: int,
+    hidden: int,
+    dtype: torch.dtype,
+    device: Device,
+    precision: str = "ieee",
+    training: bool = True,
+    overrides: Mapping[str, Any] | None = None,
+) -> bool:
+    """Whether ``layers`` layers fit on the device together and are predicted to take less time so."""
+    together = apart = 0.0
+    try:
+        for direction in ("forward", "backward") if training else ("forward",):
+            fixed = (direction, length, batch, hidden, dtype, device, precision, training, overrides)
+            together += recurrent(*fixed, layers, stacked=True).cost_of(length)
+            apart += layers * recurrent(*fixed).cost_of(length)
+    except PlanError:
+        return False
+    return together < apart
 
 
 def tiers(
@@ -562,9 +606,12 @@ def tiers(
     precision: str = "ieee",
     save: bool = True,
     chains: int = 1,
+    stacked: bool = False,
 ) -> dict[str, RecurrentPlan | str]:
     """The best plan of every tier or, where a tier can't run these sizes, the reason."""
-    problem = _Problem(direction, batch, hidden, dtype, precision, device, save, length == 1, chains=chains)
+    problem = _Problem(
+        direction, batch, hidden, dtype, precision, device, save, length == 1, chains=chains, stacked=stacked
+    )
     found: dict[str, RecurrentPlan | str] = {}
     for tier in TIERS:
         plans = [plan for plan in _candidates(problem) if plan.tier == tier]
@@ -577,6 +624,8 @@ def _why_not(problem: _Problem, tier: str) -> str:
     weights = 4 * hidden * hidden * problem.element
     if problem.one_step and tier != "step":
         return "a single time step needs no loop"
+    if problem.stacked and tier != "persistent":
+        return "it runs one layer after another"
     if problem.chains > 1 and tier in ("streaming", "step"):
         return "it runs one chain after another"
     if tier == "single":
@@ -614,10 +663,16 @@ def _best(problem: _Problem, fixed: tuple[tuple[str, Any], ...]) -> RecurrentPla
             f"no {problem.direction} kernel configuration for H={problem.hidden}, B={problem.batch}, "
             f"{problem.dtype} on {problem.device.name} ({problem.device.sms} multiprocessors, "
             f"{problem.device.shared_bytes} bytes of shared memory a block)"
-            f"{f', {problem.chains} chains' if problem.chains > 1 else ''}{f' with {wanted}' if wanted else ''}"
+            f"{_chains(problem)}{f' with {wanted}' if wanted else ''}"
         )
     best = min(suiting, key=lambda plan: (plan.us_per_step, plan.num_warps, plan.block_b, plan.block_h, -plan.at_once))
     return _adjusted(best, {key: value for key, value in wanted.items() if key not in CHOICES})
+
+
+def _chains(problem: _Problem) -> str:
+    if problem.chains == 1:
+        return ""
+    return f", {problem.chains} layers as a wavefront" if problem.stacked else f", {problem.chains} side by side"
 
 
 def _matches(plan: RecurrentPlan, wanted: Mapping[str, Any]) -> bool:
