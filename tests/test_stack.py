@@ -12,7 +12,7 @@ from test_kernels import CUDA, DEVICE, DTYPES, kernels
 from torch import Tensor
 
 import tritlstm
-from tritlstm import emulator, plan, reference, stack, stack_ops
+from tritlstm import emulator, pipeline, plan, reference, stack, stack_ops
 from tritlstm.kernels.launch import Launch
 
 NAMES = ("out", "h_n", "c_n", "x", "w_ih", "w_between", "w_hh", "b", "h0", "c0")
@@ -37,14 +37,17 @@ class Problem:
         self.given = [random(t, b, d), *weights, *biases, random(layers, b, h), random(layers, b, h)]
         self.grads = [random(t, b, h), random(layers, b, h), random(layers, b, h)]
 
-    def by_kernels(self, lengths: list[int] | None = None, **options: Any) -> dict[str, Tensor]:
+    def by_kernels(
+        self, lengths: list[int] | None = None, chunks: int | None = None, **options: Any
+    ) -> dict[str, Tensor]:
         given, grads = ([v.to(DEVICE) for v in values] for values in (self.given, self.grads))
         x, w_ih, w_between, w_hh, _, _, h0, c0 = given
         ends = None if lengths is None else torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
         with kernels(**options):
-            out, h_n, c_n, *saved = stack.forward(*given, ends, True)
+            engine, more = (stack, ()) if chunks is None else (pipeline, (chunks,))
+            out, h_n, c_n, *saved = engine.forward(*given, ends, True, *more)
             inputs = (x, w_ih, w_between, w_hh, h0, c0, ends)
-            gradients = stack.backward(*grads, *inputs, *saved, (True,) * 7)
+            gradients = engine.backward(*grads, *inputs, *saved, (True,) * 7, *more)
         return dict(zip(NAMES, (v.cpu() for v in (out, h_n, c_n, *gradients)), strict=True))
 
     def by_reference(self, lengths: list[int] | None = None) -> dict[str, np.ndarray]:
@@ -133,6 +136,35 @@ def test_results_and_all_gradients_are_within_budget(sizes, options, dtype, with
     assert_within_budget(problems, lengths, **options)
 
 
+#: As above, with the number of chunks.
+PIPELINES: dict[str, tuple[tuple[int, int, int, int, int], int, dict[str, Any]]] = {
+    "three layers": ((3, 5, 5, 7, 13), 2, {"tier": "persistent"}),
+    "persistent": ((2, 4, 20, 5, 37), 3, {"tier": "persistent", "block_h": 16, "block_b": 16, "sms": 12}),
+    "counter": ((2, 4, 5, 5, 24), 2, {"tier": "persistent", "protocol": "counter", "block_h": 16}),
+    "streaming": ((2, 3, 3, 7, 150), 2, {"tier": "streaming", "sms": 10, "shared_bytes": 64 << 10, "block_k": 32}),
+    "a step each": ((2, 3, 3, 7, 20), 3, {"tier": "persistent", "amd": True}),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize(("sizes", "chunks", "options"), PIPELINES.values(), ids=PIPELINES.keys())
+@pytest.mark.parametrize("with_lengths", [False, True], ids=["", "lengths"])
+def test_a_pipeline_is_within_budget(sizes, chunks, options, dtype, with_lengths):
+    _, t, b, _, h = sizes
+    lengths = [(3 * k + 1) % (t + 1) for k in range(b)] if with_lengths else None
+    problems = [Problem(sizes, dtype, seed) for seed in range(min(6, -(-800 // (t * b * h))))]
+    assert_within_budget(problems, lengths, chunks=chunks, **options)
+
+
+def test_chunks_do_not_change_the_recurrence():
+    """Products over a chunk of rows may add in another order than over all; what the recurrence makes of them not."""
+    problem = Problem((2, 6, 3, 4, 20), torch.float32)
+    by_chunks = [problem.by_kernels(chunks=n, **({} if CUDA else {"tier": "persistent"})) for n in (1, 2, 6)]
+    for found in by_chunks[1:]:
+        for name in ("out", "h_n", "c_n", "h0", "c0"):
+            torch.testing.assert_close(found[name], by_chunks[0][name], rtol=0, atol=2e-6)
+
+
 @pytest.mark.skipif(CUDA, reason="delays programs in the emulator")
 @pytest.mark.parametrize("protocol", ["flag", "counter"])
 def test_the_same_bits_whatever_the_scheduling(protocol):
@@ -216,6 +248,22 @@ class TestModule:
         self.compare(self.module(num_layers=5), sms=14, tier="persistent", block_h=16, parts=4)
         forward = [launch for launch in launches if launch.kernel == "recurrent_forward"]
         assert [launch.grid[2] if len(launch.grid) == 3 else 1 for launch in forward] == [3, 2]
+
+    @pytest.mark.skipif(CUDA, reason="chooses the path in the emulator")
+    def test_a_pipeline_where_a_wavefront_does_not_fit(self, launches, monkeypatch):
+        monkeypatch.setattr(plan, "SHORTEST_CHUNK", 2)
+        monkeypatch.setattr(plan, "HOST_LAUNCH_US", 0.01)
+        module = self.module(num_layers=2)
+        options = {"sms": 24, "tier": "persistent", "block_h": 16, "parts": 4, "block_k": 32, "shared_bytes": 20 << 10}
+        self.compare(module, [2, 0, 5], **options)
+        assert not any("below_ptr" in launch.arguments for launch in launches)
+        steps = [(launch.arguments["step_begin"], launch.arguments["step_end"])
+                 for launch in launches if launch.kernel == "recurrent_forward"]  # fmt: skip
+        assert steps == [(0, 2), (0, 2), (2, 5), (2, 5)]
+        with emulator.emulate(**options):
+            said = str(tritlstm.explain(module, torch.zeros(self.T, self.B, self.D)))
+        assert "2 layers, each of them:" in said
+        assert "2 chunks of time: a layer runs on one while the next layer runs on the one before" in said
 
     @pytest.mark.parametrize(
         "kind", [{"dropout": 0.5}, {"bidirectional": True}, {"proj_size": 8}, {"peephole": True}], ids=str

@@ -205,14 +205,15 @@ def _kernels(
     directions = 1 + bool(getattr(module, "bidirectional", False))
     heads = module.cell_options.num_heads if "num_heads" in beyond else 1
     together = heads if beyond == ["num_heads"] else 1 if beyond or _folds(module) else directions
-    wave = 1
+    count, way = 1, "apart"
     dropped = layers > 1 and module.dropout > 0 and module.training
     if not (beyond or dropped or directions > 1 or _folds(module)):
-        shape = (hidden, data.dtype, device, precision, training, overrides)
-        wave = next((n for n in range(layers, 1, -1) if plan.wavefront(length, batch, n, *shape)), 1)
+        fixed = (hidden, data.dtype, device, precision, training, overrides)
+        count = plan.next_layers(layers, length, batch, *fixed)
+        way, chunks, _ = plan.together(length, batch, count, *fixed)
     try:
-        if wave > 1:
-            kernels = choices(wave, hidden, stacked=True)
+        if way == "wavefront":
+            kernels = choices(count, hidden, stacked=True)
         else:
             kernels = choices(together, hidden // heads if together > 1 else hidden)
     except plan.PlanError:
@@ -221,14 +222,15 @@ def _kernels(
     name = "the layer" if layers * one_by_one == 1 else f"each of {layers} layer(s) x {one_by_one} direction(s)"
     if together > 1:
         name += f", its {heads} heads side by side" if heads > 1 else ", both directions side by side"
-    if wave > 1:
-        name = f"{wave} layers as a wavefront"
-        if wave < layers:
-            name += f", the first of {layers}"
+    if count > 1:
+        name = f"{count} layers as a wavefront" if way == "wavefront" else f"{count} layers, each of them"
+        name += f", the first of {layers}" if count < layers else ""
     gemm = plan.gate_gemm(length * batch, sizes["D"], hidden, data.dtype, device, precision)
     tile = f"{gemm.block_m} rows, {gemm.block_n} gates, {gemm.block_k} deep"
     notes = [f"the product of input and weights in tiles of {tile}"]
-    if layers * one_by_one > wave:
+    if way == "pipeline":
+        notes.append(f"{chunks} chunks of time: a layer runs on one while the next layer runs on the one before")
+    if layers * one_by_one > count:
         what = "layers and directions" if one_by_one > 1 else "layers"
         notes.append(f"{what} run one after another")
     if heads > 1 and together == 1:

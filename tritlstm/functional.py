@@ -389,18 +389,18 @@ def run_layers(
     directions = 2 if options.bidirectional else 1
     each = 2 + 2 * options.bias + (options.proj_size > 0)
     states: list[States] = []
-    done = 0  # layers that a wavefront took along
+    done = 0  # layers that went along with an earlier one
     for layer in range(options.num_layers):
         if layer < done:
             continue
         if layer > 0 and options.dropout > 0 and options.training:
             x = F.dropout(x, options.dropout)
-        count = _as_wavefront(x, options, options.num_layers - layer, extras)
+        count = _together(x, options, options.num_layers - layer, extras)
         if count > 1:
             done = layer + count
             groups = [weights[k * each : (k + 1) * each] for k in range(layer, done)]
             h0, c0 = (state[layer:done] for state in hx)
-            x, h, c = _wavefront(x, groups, h0, c0, lengths)
+            x, h, c = _stacked(x, groups, h0, c0, lengths)
             states.extend(zip(h.unbind(), c.unbind(), strict=True))
             continue
         both = range(layer * directions, (layer + 1) * directions)
@@ -426,18 +426,15 @@ def run_layers(
     return x, torch.stack(h_n), torch.stack(c_n)
 
 
-def _as_wavefront(x: Tensor, options: Options, layers: int, extras: Extras | None) -> int:
+def _together(x: Tensor, options: Options, layers: int, extras: Extras | None) -> int:
     """How many of the next ``layers`` the kernels run at once."""
     dropped = options.dropout > 0 and options.training
     if extras is not None or options.proj_size or options.bidirectional or dropped or layers < 2:
         return 1
-    for count in range(layers, 1, -1):
-        if stack_ops.pays(x, count, options.hidden_size, torch.is_grad_enabled()):
-            return count
-    return 1
+    return stack_ops.next_layers(x, layers, options.hidden_size, torch.is_grad_enabled())
 
 
-def _wavefront(
+def _stacked(
     x: Tensor, groups: list[list[Tensor]], h0: Tensor, c0: Tensor, lengths: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     w_ih, w_hh, *biases = zip(*groups, strict=True)

@@ -247,10 +247,12 @@ def _input_products(
     hidden: int,
     device: plan.Device,
     precision: str,
+    gates: Tensor | None = None,
 ) -> Tensor:
     length, batch, features = x.shape
     x, stride_t, stride_b = _row_strides(x)
-    gates = torch.empty((length, batch, 4 * padded(hidden)), dtype=x.dtype, device=x.device)
+    if gates is None:
+        gates = torch.empty((length, batch, 4 * padded(hidden)), dtype=x.dtype, device=x.device)
     layout = plan.gate_gemm(length * batch, features, hidden, x.dtype, device, precision)
     arguments = {
         "x_ptr": x,

@@ -8,11 +8,12 @@ T never compiles anything and a new B at most picks another of a handful of kern
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -30,12 +31,14 @@ __all__ = [
     "PlanError",
     "RecurrentPlan",
     "StepCost",
+    "Together",
     "device_of",
     "dot_precision",
     "gate_gemm",
+    "next_layers",
     "recurrent",
     "tiers",
-    "wavefront",
+    "together",
 ]
 
 TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
@@ -159,6 +162,9 @@ SHARED_BYTES_PER_CLOCK = 128
 CELL_US = 0.15
 FENCE_US = 0.04  # between the products of two chunks: the wait for the first and a fence
 LAUNCH_US = 5.0
+HOST_LAUNCH_US = 30.0  # what Python takes for one
+#: Steps of a chunk of a pipeline of layers, at least.
+SHORTEST_CHUNK = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -573,7 +579,15 @@ def recurrent(
     return _best(problem, tuple(sorted(fixed.items())))
 
 
-def wavefront(
+class Together(NamedTuple):
+    """How layers run: ``'apart'``, in a ``'wavefront'``, or in a ``'pipeline'`` of so many chunks of time."""
+
+    way: str
+    chunks: int
+    us: float  # predicted, of the recurrence
+
+
+def together(
     length: int,
     batch: int,
     layers: int,
@@ -583,17 +597,47 @@ def wavefront(
     precision: str = "ieee",
     training: bool = True,
     overrides: Mapping[str, Any] | None = None,
-) -> bool:
-    """Whether ``layers`` layers fit on the device together and are predicted to take less time so."""
-    together = apart = 0.0
-    try:
-        for direction in ("forward", "backward") if training else ("forward",):
-            fixed = (direction, length, batch, hidden, dtype, device, precision, training, overrides)
-            together += recurrent(*fixed, layers, stacked=True).cost_of(length)
-            apart += layers * recurrent(*fixed).cost_of(length)
-    except PlanError:
-        return False
-    return together < apart
+) -> Together:
+    """The way of running ``layers`` layers that is predicted to take the least time."""
+    directions = ("forward", "backward") if training else ("forward",)
+    fixed = (length, batch, hidden, dtype, device, precision, training, overrides)
+    alone = [recurrent(direction, *fixed) for direction in directions]
+    apart = Together("apart", 1, layers * sum(plan.cost_of(length) for plan in alone))
+    ways = [apart]
+    if layers > 1 and length > 1:
+        with contextlib.suppress(PlanError):
+            waves = [recurrent(direction, *fixed, layers, stacked=True) for direction in directions]
+            ways.append(Together("wavefront", 1, sum(plan.cost_of(length) for plan in waves)))
+        ways.append(_pipeline(alone, length, layers, device))
+    return min(ways, key=lambda way: way.us)
+
+
+def _pipeline(alone: Sequence[RecurrentPlan], length: int, layers: int, device: Device) -> Together:
+    whole = sum(plan.cost_of(length) for plan in alone)
+    # As many layers at a time as have room beside each other. The last one starts a chunk later for each, so chunks
+    # should be short; but each costs its launches.
+    side_by_side = min(layers, *(device.sms // (plan.n_blocks * plan.n_groups) for plan in alone))
+    each = 2 * HOST_LAUNCH_US * layers * len(alone)  # a product and a recurrence
+    chunks = max(1, min(length // SHORTEST_CHUNK, round(math.sqrt(whole * (layers - 1) / each))))
+    # A single block keeps in registers what the next launch would need.
+    if side_by_side < 2 or chunks < 2 or any(plan.tier in ("single", "step") for plan in alone):
+        return Together("pipeline", 1, math.inf)
+    us = whole * math.ceil(layers / side_by_side) * (1 + (side_by_side - 1) / chunks) + each * chunks
+    return Together("pipeline", chunks, us)
+
+
+def next_layers(layers: int, *fixed: Any) -> int:
+    """How many of the next ``layers`` go together: as many as take the least time a layer.
+
+    ``fixed`` are the arguments of :func:`together` around ``layers``: length, batch, then from hidden on.
+    """
+    length, batch, *rest = fixed
+    best, least = 1, together(length, batch, 1, *rest).us
+    for count in range(2, layers + 1):
+        way = together(length, batch, count, *rest)
+        if way.way != "apart" and way.us / count <= least:
+            best, least = count, way.us / count
+    return best
 
 
 def tiers(

@@ -1,8 +1,9 @@
-"""Layers as a wavefront on the kernel path: each is a chain that reads the one before it, all in one launch.
+"""Layers together on the kernel path: as a wavefront in one launch, or as a pipeline of chunks of time.
 
-Layer l is at step t while layer l + 1 is at step t - 1, so L layers of T steps take T + L - 1 steps and not L T. A
-block keeps its units' part of w_ih on chip beside that of w_hh; only the first layer has a gate GEMM. Runs where
-:mod:`tritlstm.layer` does; arguments are trusted.
+In a wavefront each layer is a chain that reads the one before it: layer l is at step t while layer l + 1 is at step
+t - 1, so L layers of T steps take T + L - 1 steps and not L T. A block keeps its units' part of w_ih on chip beside
+that of w_hh; only the first layer has a gate GEMM. Where that does not fit or does not pay, :mod:`tritlstm.pipeline`
+may. Runs where :mod:`tritlstm.layer` does; arguments are trusted.
 """
 
 from __future__ import annotations
@@ -13,29 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import chains, layer, plan, status
+from . import chains, layer, pipeline, plan, status
 from .cell_options import PLAIN
 from .plan import padded
 
-__all__ = ["backward", "fits", "forward", "pays"]
+__all__ = ["backward", "forward", "next_layers", "way"]
 
 
-def fits(length: int, batch: int, layers: int, hidden: int, x: Tensor, training: bool) -> bool:
-    """Whether a wavefront of ``layers`` fits on the device, forward and, if ``training``, backward."""
-    try:
-        for direction in ("forward", "backward") if training else ("forward",):
-            _plan(direction, length, batch, layers, hidden, x, training)
-    except plan.PlanError:
-        return False
-    return True
+def way(length: int, batch: int, layers: int, hidden: int, x: Tensor, training: bool) -> plan.Together:
+    """How so many layers run; ``'apart'``: not by this module."""
+    return plan.together(length, batch, layers, hidden, *_fixed(x, training))
 
 
-def pays(length: int, batch: int, layers: int, hidden: int, x: Tensor, training: bool) -> bool:
-    """Whether a wavefront of ``layers`` fits on the device and is predicted to take less time than one by one."""
-    precision, device = plan.dot_precision(x), plan.device_of(x)
-    return plan.wavefront(
-        length, batch, layers, hidden, x.dtype, device, precision, training, layer._overrides()
-    )
+def next_layers(length: int, batch: int, layers: int, hidden: int, x: Tensor, training: bool) -> int:
+    """How many of the next ``layers`` this module should run together; 1: it should not."""
+    return plan.next_layers(layers, length, batch, hidden, *_fixed(x, training))
+
+
+def _fixed(x: Tensor, training: bool) -> tuple[Any, ...]:
+    return x.dtype, plan.device_of(x), plan.dot_precision(x), training, layer._overrides()
 
 
 def forward(
@@ -56,10 +53,14 @@ def forward(
     [L, 4H, H], biases [L, 4H], ``h0`` and ``c0`` [L, B, H], ``lengths`` int32 [B].
 
     Returns ``out`` [T, B, H] of the last layer, ``h_n`` and ``c_n`` [L, B, H] and, if ``save``, ``hidden``
-    [T, B, L * HX] and ``gates`` [T, B, L * 4 HX] of all layers, and ``cells`` [T, B, L * HX] in fp32 (else empty).
+    [L, T, B, HX] and ``gates`` [L, T, B, 4 HX] of all layers, and ``cells`` [L, T, B, HX] in fp32 (else empty), whose
+    order in memory is for :func:`backward` to know.
     """
     length, batch, _ = x.shape
     layers, _, hidden = w_hh.shape
+    found = way(length, batch, layers, hidden, x, save)
+    if found.way == "pipeline":
+        return pipeline.forward(x, w_ih, w_between, w_hh, b_ih, b_hh, h0, c0, lengths, save, found.chunks)
     width = padded(hidden)
     device, precision = plan.device_of(x), plan.dot_precision(x)
     chosen = layer._with_cell(_plan("forward", length, batch, layers, hidden, x, save), PLAIN, SEPARATE_OUT=True)
@@ -96,7 +97,8 @@ def forward(
     status.check(flag)
     if not save:
         return out, h_n, c_n, x.new_empty(0), x.new_empty(0), cells
-    return out, h_n, c_n, buffer, gates, cells
+    shape = (layers, length, batch, -1)
+    return out, h_n, c_n, buffer.view(shape), gates.view(shape), cells.view(shape)
 
 
 def backward(
@@ -119,6 +121,10 @@ def backward(
     length, batch, features = x.shape
     layers, _, size = w_hh.shape
     width = padded(size)
+    found = way(length, batch, layers, size, x, True)
+    if found.way == "pipeline":
+        inputs = (x, w_ih, w_between, w_hh, h0, c0, lengths, hidden, gates, cells)
+        return pipeline.backward(grad_out, grad_h_n, grad_c_n, *inputs, needs, found.chunks)
     chosen = _plan("backward", length, batch, layers, size, x, True)
     grad_gates = layer._exchange_buffer((length, batch, layers * 4 * width), x, chosen.protocol)
     grad_c0 = torch.empty((layers, batch, size), dtype=torch.float32, device=x.device)

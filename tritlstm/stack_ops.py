@@ -9,10 +9,11 @@ L layers of H units, L at least 2; dtypes, devices, `lengths` and `save` as of `
     x        [T, B, D]    w_ih [4H, D] of the first layer    w_between [L - 1, 4H, H]: w_ih of the others
     w_hh     [L, 4H, H]   b_ih, b_hh [L, 4H] or None         h0, c0 [L, B, H]
     out      [T, B, H] of the last layer    h_n, c_n [L, B, H]
-    hidden   [T, B, L HX], gates [T, B, 4 L HX] and cells [T, B, L HX], for backward; empty(0) where nothing is saved
+    hidden   [L, T, B, HX], gates [L, T, B, 4 HX] and cells [L, T, B, HX], for backward alone, which knows their order
+             in memory; empty(0) where nothing is saved
     needs    seven flags, one per result
 
-Where the kernels run and have the room, the layers run as a wavefront (`tritlstm.stack`), elsewhere one after another;
+Where the kernels run and the planner says so, the layers run together (`tritlstm.stack`), elsewhere one after another;
 so they do in `stack` (the function) inside torch.func's transforms and in forward mode, and for the derivatives of a
 gradient.
 """
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from . import aten, batching, ops
 
-__all__ = ["pays", "stack"]
+__all__ = ["next_layers", "stack"]
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 _GIVEN = 8  # tensors that may have a gradient: x, w_ih, w_between, w_hh, b_ih, b_hh, h0, c0
@@ -51,18 +52,18 @@ _stack = torch.ops.tritlstm.stack.default
 _stack_backward = torch.ops.tritlstm.stack_backward.default
 
 
-def pays(x: Tensor, layers: int, hidden: int, training: bool) -> bool:
-    """Whether ``layers`` as a wavefront are better than one after another.
+def next_layers(x: Tensor, layers: int, hidden: int, training: bool) -> int:
+    """How many of the next ``layers`` the operator should run together; 1: it is of no use.
 
     A compiler that traces can't ask for a plan, which depends on the sizes: there, layers go one after another.
     """
     if torch.compiler.is_compiling() or not ops.runs_kernels(x) or x.size(1) == 0:
-        return False
+        return 1
     if torch._C._are_functorch_transforms_active() or ops.forward_mode():
-        return False
+        return 1
     from . import stack as engine
 
-    return engine.pays(x.size(0), x.size(1), layers, hidden, x, training)
+    return engine.next_layers(x.size(0), x.size(1), layers, hidden, x, training)
 
 
 def stack(
@@ -99,8 +100,8 @@ def _composed(*args: Any, run: Any = ops.layer) -> Results:
     if not save:
         return x, torch.stack(h_n), torch.stack(c_n), *(x.new_empty(0) for _ in range(2)), cells[0].new_empty(0)
     width = _padded(h0.size(2))
-    hidden = torch.cat([torch.nn.functional.pad(out, (0, width - out.size(2))) for out in outs], -1)
-    return x, torch.stack(h_n), torch.stack(c_n), hidden, torch.cat(gates, -1), torch.cat(cells, -1)
+    hidden = torch.nn.functional.pad(torch.stack(outs), (0, width - h0.size(2)))
+    return x, torch.stack(h_n), torch.stack(c_n), hidden, torch.stack(gates), torch.stack(cells)
 
 
 def _padded(hidden: int) -> int:
@@ -113,7 +114,8 @@ def _engine(x: Tensor, layers: int, hidden: int, training: bool) -> Any:
         return None
     from . import stack as engine
 
-    return engine if engine.fits(x.size(0), x.size(1), layers, hidden, x, training) else None
+    way = engine.way(x.size(0), x.size(1), layers, hidden, x, training).way
+    return None if way == "apart" else engine
 
 
 def _forward(*args: Any) -> tuple[Tensor, ...]:
@@ -133,14 +135,13 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
     if engine is not None:
         return engine.backward(*args)
     one = ops._engine(x)
-    outs, gates, cells = (saved.chunk(layers, -1) for saved in (hidden, gates, cells))
-    outs = [out[..., :size].contiguous() for out in outs]
+    outs = hidden[..., :size].contiguous()
     found: list[tuple[Tensor, ...]] = []
     for k in reversed(range(layers)):
         below, w = (x, w_ih) if k == 0 else (outs[k - 1], w_between[k - 1])
         need_w = needs[1] if k == 0 else needs[2]
         states = (None if g is None else g[k] for g in (grad_h_n, grad_c_n))
-        saved = (outs[k], gates[k].contiguous(), cells[k].contiguous(), False)
+        saved = (outs[k], gates[k], cells[k], False)
         own = (k > 0 or needs[0], need_w, *needs[3:], False)
         results = one.backward(grad_out, *states, below, w, w_hh[k], h0[k], c0[k], lengths, *saved, own)
         grad_out = results[0]
@@ -155,8 +156,8 @@ def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
     _check(*args)
     x, h0, c0, save = args[0], args[6], args[7], args[-1]
     (steps, batch, _), (layers, _, size) = x.shape, h0.shape
-    width = _padded(size) * layers
-    shapes = ((steps, batch, width), (steps, batch, 4 * width), (steps, batch, width)) if save else ((0,),) * 3
+    width = _padded(size)
+    shapes = [(layers, steps, batch, n * width) if save else (0,) for n in (1, 4, 1)]
     return (
         x.new_empty(steps, batch, size),
         x.new_empty(layers, batch, size),
