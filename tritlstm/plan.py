@@ -271,6 +271,8 @@ class _Problem:
     block_k: int | None = None
     #: The counter protocol runs where it is asked for: a barrier of all blocks of a group costs more than a flag.
     protocols: tuple[str, ...] = ("flag",)
+    #: Layer normalisation: sums over all units inside a step, so no tier that launches step by step.
+    normed: bool = False
 
     @property
     def element(self) -> int:
@@ -310,7 +312,8 @@ def _candidates(problem: _Problem) -> Iterator[RecurrentPlan]:
         whole = _power_of_two(padded(hidden), 16)
         if whole <= 128 and not problem.one_step:
             yield from _feasible(problem, "single", whole, block_b, 1, _single_warps(problem, whole))
-        for tier in ("step",) if problem.one_step else ("persistent", "streaming", "step"):
+        in_loop = ("persistent", "streaming") if problem.normed else ("persistent", "streaming", "step")
+        for tier in ("step",) if problem.one_step else in_loop:
             for block_h, parts in _teams(problem, tier):
                 if block_h > 16 and block_h * parts >= 2 * padded(hidden):
                     continue
@@ -483,6 +486,10 @@ def _cost(problem: _Problem, plan: RecurrentPlan) -> StepCost:
     if plan.parts > 1:
         taken = plan.parts * plan.block_h * rows * 8  # 64-bit words
         parts = FLAG_US + L2_LATENCY_US + max(taken / SM_L2_BYTES_PER_US, blocks * taken / device.l2_bytes_per_us)
+    if problem.normed and plan.tier != "single":
+        # Twice two numbers a row from every block.
+        taken = -(-padded(problem.hidden) // plan.block_h) * 2 * rows * 8
+        parts += 2 * (FLAG_US + L2_LATENCY_US + max(taken / SM_L2_BYTES_PER_US, blocks * taken / device.l2_bytes_per_us))
     left = (1.0 - share) * weight_bytes
     streamed = max(left / SM_L2_BYTES_PER_US, blocks * left / device.l2_bytes_per_us)
     hand_off = {"none": 0.0, "counter": COUNTER_US, "flag": FLAG_US}[plan.protocol]
@@ -511,12 +518,13 @@ def recurrent(
     precision: str = "ieee",
     save: bool = True,
     overrides: Mapping[str, Any] | None = None,
+    normed: bool = False,
 ) -> RecurrentPlan:
     """The fastest predicted plan of one recurrent kernel.
 
     ``direction`` is ``'forward'`` or ``'backward'``; ``overrides`` fixes fields of :class:`RecurrentPlan`
     (``tier``, ``protocol``, ``block_h``, ``block_b``, ``block_k``, ``num_warps``, backward ``parts``, and after the
-    choice ``resident``, ``poll``, ``n_groups``). Raises :class:`PlanError` if nothing fits.
+    choice ``resident``, ``poll``, ``n_groups``). ``normed``: with layer normalisation. Raises :class:`PlanError` if nothing fits.
     """
     fixed = dict(overrides or {})
     if direction == "forward":
@@ -525,7 +533,8 @@ def recurrent(
     # A single step needs no exchange; every longer sequence is planned alike.
     asked = fixed.get("protocol")
     protocols = (asked,) if asked in ("flag", "counter") else ("flag",)
-    problem = _Problem(direction, batch, hidden, dtype, precision, device, save, length == 1, block_k, protocols)
+    one_step = length == 1 and not normed
+    problem = _Problem(direction, batch, hidden, dtype, precision, device, save, one_step, block_k, protocols, normed)
     return _best(problem, tuple(sorted(fixed.items())))
 
 
