@@ -110,8 +110,8 @@ def moments(
             k = layout.unit_of_cells(begin, TOGETHER)
             owned = tl.minimum(tl.maximum(H - k * BLOCK_H, 0), BLOCK_H).to(tl.float32)
             # Units before these blocks, and theirs.
-            before: tl.constexpr = units_between(0, begin, H, BLOCK_H)
-            these: tl.constexpr = units_between(begin, begin + TOGETHER, H, BLOCK_H)
+            before = units_between(0, begin, H, BLOCK_H)
+            these = units_between(begin, begin + TOGETHER, H, BLOCK_H)
             average = tl.sum(means * owned, 1, keep_dims=True) / these
             apart = means - average
             added = tl.sum(deviations + (TILES * owned) * (apart * apart), 1, keep_dims=True)

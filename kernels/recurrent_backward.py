@@ -331,6 +331,8 @@ def recurrent_backward(
                     dc_new = (1.0 - keep_c) * dc
             normed = None
             if norm_ptr is not None:
+                # Into the sums over all units nothing may come from beyond H.
+                dh = tl.where(inside, dh, 0.0)
                 if PROTOCOL == exchange.COUNTER:
                     dh = tl.where(alive > 0, dh, float("nan"))
                 c_hat = (c - mean_c) * inverse_c
