@@ -133,11 +133,18 @@ def explain(
         return Explanation("torch", reason, str(data.device), sizes)
     if batch == 0:
         return Explanation("aten", "an empty batch needs no kernel", str(data.device), sizes)
+    arguments = (module, data.to(dtype=dtype, device="meta"), plan.device_of(data), sizes, training,
+                 plan.dot_precision(torch.empty(0, dtype=dtype)))  # fmt: skip
     if "layer_norm" in changed:
-        reason = "layer_norm needs a sum over all units between the product and the cell, which the kernels do not make"
-        return Explanation("aten", reason, str(data.device), sizes, notes=own_notes)
-    found = _kernels(module, data.to(dtype=dtype, device="meta"), plan.device_of(data), sizes, training,
-                     plan.dot_precision(torch.empty(0, dtype=dtype)))  # fmt: skip
+        try:
+            # Both directions must be possible, as they must for the operator, trained or not.
+            _kernels(*arguments[:4], True, arguments[5], normed=True)
+            found = _kernels(*arguments, normed=True)
+        except plan.PlanError as error:
+            reason = f"layer_norm needs all blocks of a step on the device at once: {error}"
+            return Explanation("aten", reason, str(data.device), sizes, notes=own_notes)
+        return dataclasses.replace(found, notes=(*own_notes, *found.notes))
+    found = _kernels(*arguments)
     return dataclasses.replace(found, notes=(*own_notes, *found.notes))
 
 
@@ -146,7 +153,12 @@ def _note_variant(module: Any, changed: dict[str, Any]) -> tuple[str, ...]:
     if "num_heads" in changed:
         count = changed["num_heads"]
         notes.append(f"num_heads={count} runs as one w_hh with zeros outside the heads: {count} times their products")
-    if "recompute" in changed:
+    if "layer_norm" in changed:
+        notes.append("layer_norm: two exchanges of row sums more in every step, unless one block holds all units")
+        notes.append("layer_norm inside torch.func transforms runs in plain PyTorch operators")
+    if "recompute" in changed and "layer_norm" in changed:
+        notes.append("recompute: of no effect beside layer_norm, whose gates are kept")
+    elif "recompute" in changed:
         notes.append("recompute: backward makes the gates again, by one product over all steps")
     if getattr(module, "hidden_sizes", None):
         notes.append(f"hidden sizes {list(module.hidden_sizes)}, layer by layer; what is said here is of the first")
@@ -180,7 +192,13 @@ def _sizes(module: nn.Module, input: Tensor | PackedSequence) -> tuple[int, int]
 
 
 def _kernels(
-    module: Any, data: Tensor, device: plan.Device, sizes: dict[str, int], training: bool, precision: str
+    module: Any,
+    data: Tensor,
+    device: plan.Device,
+    sizes: dict[str, int],
+    training: bool,
+    precision: str,
+    normed: bool = False,
 ) -> Explanation:
     length, batch, hidden = sizes["T"], sizes["B"], sizes["H"]
     emulation = emulator.current()
@@ -188,8 +206,8 @@ def _kernels(
     kernels = []
     for direction in ("forward", "backward") if training else ("forward",):
         arguments = (direction, length, batch, hidden, data.dtype, device, precision, training)
-        chosen = plan.recurrent(*arguments, overrides)
-        kernels.append(KernelChoice(direction, chosen, plan.tiers(*arguments)))
+        chosen = plan.recurrent(*arguments, overrides, normed)
+        kernels.append(KernelChoice(direction, chosen, plan.tiers(*arguments, normed)))
     count = getattr(module, "num_layers", 1)
     directions = 1 + bool(getattr(module, "bidirectional", False))
     name = "the layer" if count * directions == 1 else f"each of {count} layer(s) x {directions} direction(s)"

@@ -547,9 +547,11 @@ def tiers(
     device: Device,
     precision: str = "ieee",
     save: bool = True,
+    normed: bool = False,
 ) -> dict[str, RecurrentPlan | str]:
     """The best plan of every tier or, where a tier can't run these sizes, the reason."""
-    problem = _Problem(direction, batch, hidden, dtype, precision, device, save, length == 1)
+    one_step = length == 1 and not normed
+    problem = _Problem(direction, batch, hidden, dtype, precision, device, save, one_step, normed=normed)
     found: dict[str, RecurrentPlan | str] = {}
     for tier in TIERS:
         plans = [plan for plan in _candidates(problem) if plan.tier == tier]
@@ -562,6 +564,8 @@ def _why_not(problem: _Problem, tier: str) -> str:
     weights = 4 * hidden * hidden * problem.element
     if problem.one_step and tier != "step":
         return "a single time step needs no loop"
+    if problem.normed and tier == "step":
+        return "layer normalisation sums over all units inside a step, which one launch a step can't"
     if tier == "single":
         return (
             f"a block would hold all of w_hh, {_kib(weights)} KiB, in at most {_kib(device.shared_bytes)} KiB of "
