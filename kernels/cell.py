@@ -172,15 +172,20 @@ def forward(
 def backward(
     dh, dc, i, f, g, o, c, c_previous, EXACT: tl.constexpr, AMD: tl.constexpr, peephole=None,
     COUPLED: tl.constexpr = False, CLIP: tl.constexpr = None, GATE: tl.constexpr = 0, NODE: tl.constexpr = 1,
-    SHOWN: tl.constexpr = 1,
+    SHOWN: tl.constexpr = 1, normed=None,
 ):  # fmt: skip
     """Gradients of h and of the next step's cell input to those of the pre-activations.
 
-    ``c`` is the cell state before zoneout, ``dh`` and ``dc`` the gradients without what zoneout passes by. Returns
+    ``c`` is the cell state before zoneout, ``dh`` and ``dc`` the gradients without what zoneout passes by. ``normed``: of a
+    cell normalised on its way out, the activation's value and what of its gradient reaches c. Returns
     ``(d_pre_i, d_pre_f, d_pre_g, d_pre_o, dc_previous)``, fp32.
     """
-    shown = activation(c, SHOWN, EXACT, AMD)
-    dc = dc + through(dh * o, shown, SHOWN, EXACT, AMD)
+    if normed is None:
+        shown = activation(c, SHOWN, EXACT, AMD)
+        dc = dc + through(dh * o, shown, SHOWN, EXACT, AMD)
+    else:
+        shown = normed[0]
+        dc = dc + normed[1]
     if peephole is not None:
         d_pre_o = through(dh * shown, o, GATE, EXACT, AMD)
         dc += d_pre_o * peephole[2]

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from . import cell, exchange, layout, random_bits
+from . import cell, exchange, layout, norm, random_bits
 
 
 @triton.jit
@@ -135,6 +135,12 @@ def recurrent_backward(
     noise_ptr=None,  # [3] int64, of zoneout
     above_ptr=None,  # [CHAINS - 1, 4H, HX], of layers as a wavefront: w_ih of each but the first
     grad_h_ptr=None,  # [B, H] fp32, out: what zoneout passes by of the gradient of h0; a carry as grad_c_ptr
+    norm_ptr=None,  # [6, H] fp32: gains of i, f, g, o; gain and bias of the cell on its way out
+    rows_ptr=None,  # [n_groups, TAGGED_SLOTS, blocks of units, 2, BLOCK_B] int64, zero; None if SINGLE
+    products_ptr=None,  # [T, B, HX, 4]: normalised recurrent products
+    statistics_ptr=None,  # [T, B, STATISTICS] fp32
+    grad_pre_ptr=None,  # [T, B, HX, 4], out: gradients of the pre-activations; grad_gates has those of the products
+    grad_norm_ptr=None,  # [2, B, H] fp32, out: gradients of the cell's gain and bias, of each sequence
     COUPLED: tl.constexpr = False,
     CLIP: tl.constexpr = None,
     ZONEOUT_H: tl.constexpr = 0.0,
@@ -187,6 +193,16 @@ def recurrent_backward(
     peephole = None
     if peephole_ptr is not None:
         peephole = cell.peephole_weights(peephole_ptr, unit_of_cell, H)
+
+    if norm_ptr is not None:
+        gains = norm.gains(norm_ptr, unit_of_cell, H)
+        row_turn = tl.full((), 0, tl.int32)
+        room = None
+        if not SINGLE:
+            slots: tl.constexpr = exchange.TAGGED_SLOTS * norm.blocks_of_units(HX, BLOCK_H)
+            # COUNTER's count stands in the first word.
+            room = (rows_ptr + group * (slots * 2 * BLOCK_B),
+                    counter_ptr + (1 if PROTOCOL == exchange.COUNTER else 0), status_ptr)  # fmt: skip
 
     weights = ()
     if SINGLE:
@@ -259,6 +275,9 @@ def recurrent_backward(
             if step_begin > 0:
                 kept_h = tl.load(grad_h_ptr + state, mask=inside, other=0.0)
 
+        if norm_ptr is not None:
+            grad_gain = tl.zeros((BLOCK_B // 8, BLOCK_H, 8), tl.float32)
+            grad_bias = grad_gain
         own_i = tl.zeros((BLOCK_B // 8, BLOCK_H, 8), dtype)
         own_f = own_i
         own_g = own_i
@@ -284,6 +303,12 @@ def recurrent_backward(
                 later_row = t_later.to(tl.int64) * B + b_of_cell
                 cut_later = tl.load(cuts_ptr + later_row, mask=in_batch & (step > 0), other=0) != 0
                 c_earlier = tl.where(cut, 0.0, c_earlier)
+            if norm_ptr is not None:
+                hats = tl.load(products_ptr + at, mask=in_gates, other=0.0)
+                statistics_at = statistics_ptr + row * norm.STATISTICS
+                inverse_r = tl.load(statistics_at, mask=in_batch, other=0.0)
+                mean_c = tl.load(statistics_at + 1, mask=in_batch, other=0.0)
+                inverse_c = tl.load(statistics_at + 2, mask=in_batch, other=0.0)
             dh = tl.where(t == last, grad_h_n, 0.0)
             if grad_out_ptr is not None:
                 out_row = t.to(tl.int64) * grad_out_stride_t + b_of_cell.to(tl.int64) * grad_out_stride_b
@@ -378,8 +403,26 @@ def recurrent_backward(
                 if ZONEOUT_C > 0:
                     c = cell.candidate(i, f, g, c_earlier, CLIP)
                     dc_new = (1.0 - keep_c) * dc
+            normed = None
+            if norm_ptr is not None:
+                # Into the sums over all units nothing may come from beyond H.
+                dh = tl.where(inside, dh, 0.0)
+                if PROTOCOL == exchange.COUNTER:
+                    dh = tl.where(alive > 0, dh, float("nan"))
+                c_hat = (c - mean_c) * inverse_c
+                shown = cell.activation(c_hat * gains[4] + gains[5], SHOWN, EXACT, AMD)
+                d_shown = cell.through(dh * o, shown, SHOWN, EXACT, AMD)
+                d_hat = d_shown * gains[4]
+                row_turn += 1
+                first_mean, second_mean = norm.means(
+                    d_hat, d_hat * c_hat, in_batch, row_turn, room, step, spin_limit,
+                    H, H, HX, BLOCK_H, BLOCK_B, SINGLE, AMD, WARPS,
+                )  # fmt: skip
+                normed = (shown, norm.through(d_hat, c_hat, first_mean, second_mean, inverse_c))
+                grad_gain += tl.where(t < length, d_shown * c_hat, 0.0)
+                grad_bias += tl.where(t < length, d_shown, 0.0)
             di, df, dg, do, dc_earlier = cell.backward(
-                dh, dc_new, i, f, g, o, c, c_earlier, EXACT, AMD, peephole, COUPLED, CLIP, GATE, NODE, SHOWN
+                dh, dc_new, i, f, g, o, c, c_earlier, EXACT, AMD, peephole, COUPLED, CLIP, GATE, NODE, SHOWN, normed
             )
             if ZONEOUT_C > 0:
                 dc_earlier += keep_c * dc
@@ -394,6 +437,21 @@ def recurrent_backward(
             own_g = tl.where(active, dg, 0.0).to(dtype)
             own_o = tl.where(active, do, 0.0).to(dtype)
             dc = tl.where(active, dc_earlier, dc)
+            if norm_ptr is not None:
+                tl.store(grad_pre_ptr + at, layout.join_gates(own_i, own_f, own_g, own_o), mask=in_gates)
+                di, df = tl.where(active, di, 0.0) * gains[0], tl.where(active, df, 0.0) * gains[1]
+                dg, do = tl.where(active, dg, 0.0) * gains[2], tl.where(active, do, 0.0) * gains[3]
+                r_i, r_f, r_g, r_o = layout.split_gates(tl.reshape(hats, (BLOCK_B // 8, BLOCK_H, 8, 2, 2)))
+                r_i, r_f, r_g, r_o = r_i.to(tl.float32), r_f.to(tl.float32), r_g.to(tl.float32), r_o.to(tl.float32)
+                row_turn += 1
+                first_mean, second_mean = norm.means(
+                    (di + df) + (dg + do), (di * r_i + df * r_f) + (dg * r_g + do * r_o), in_batch, row_turn, room, step,
+                    spin_limit, 4 * H, H, HX, BLOCK_H, BLOCK_B, SINGLE, AMD, WARPS,
+                )  # fmt: skip
+                own_i = tl.where(active, norm.through(di, r_i, first_mean, second_mean, inverse_r), 0.0).to(dtype)
+                own_f = tl.where(active, norm.through(df, r_f, first_mean, second_mean, inverse_r), 0.0).to(dtype)
+                own_g = tl.where(active, norm.through(dg, r_g, first_mean, second_mean, inverse_r), 0.0).to(dtype)
+                own_o = tl.where(active, norm.through(do, r_o, first_mean, second_mean, inverse_r), 0.0).to(dtype)
 
             words_at = grad_gates_words + (row * ROW + unit_of_cell) * (4 // WORD)
             if WORD == 2:
@@ -409,3 +467,6 @@ def recurrent_backward(
         tl.store(grad_c_ptr + state, dc, mask=inside)
         if ZONEOUT_H > 0:
             tl.store(grad_h_ptr + state, kept_h, mask=inside)
+        if norm_ptr is not None:
+            tl.store(grad_norm_ptr + state, grad_gain, mask=inside)
+            tl.store(grad_norm_ptr + B.to(tl.int64) * H + state, grad_bias, mask=inside)

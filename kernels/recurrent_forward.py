@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from . import cell, exchange, layout, random_bits
+from . import cell, exchange, layout, norm, random_bits
 
 
 @triton.jit
@@ -112,6 +112,10 @@ def recurrent_forward(
     input_ptr=None,  # [T, B, HX, 4]: input products with bias of the first layer; gates_ptr is out alone
     below_ptr=None,  # [CHAINS - 1, 4H, HX]: w_ih of the others
     bias_ptr=None,  # [CHAINS, HX, 4] fp32: of the others; zero for the first
+    norm_ptr=None,  # [6, H] fp32: gains of i, f, g, o; gain and bias of the cell on its way out
+    rows_ptr=None,  # [n_groups, TAGGED_SLOTS, n_blocks, 2, BLOCK_B] int64, zero; None if SINGLE
+    products_ptr=None,  # [T, B, HX, 4], out: normalised recurrent products, if SAVE
+    statistics_ptr=None,  # [T, B, STATISTICS] fp32, out, if SAVE
     KEEP_GATES: tl.constexpr = True,  # write the activated gates, if SAVE
     COUPLED: tl.constexpr = False,
     CLIP: tl.constexpr = None,
@@ -159,6 +163,15 @@ def recurrent_forward(
     peephole = None
     if peephole_ptr is not None:
         peephole = cell.peephole_weights(peephole_ptr, unit_of_cell, H)
+
+    if norm_ptr is not None:
+        gains = norm.gains(norm_ptr, unit_of_cell, H)
+        row_turn = tl.full((), 0, tl.int32)
+        room = None
+        if not SINGLE:
+            own_rows = rows_ptr + group * (exchange.TAGGED_SLOTS * n_blocks * 2 * BLOCK_B)
+            # COUNTER's count stands in the first word.
+            room = (own_rows, counter_ptr + (1 if PROTOCOL == exchange.COUNTER else 0), status_ptr)
 
     weights = ()
     if SINGLE:
@@ -289,13 +302,42 @@ def recurrent_forward(
             else:
                 at = gates_ptr + tl.expand_dims(next_row * (4 * ROW) + unit_of_cell * 4, 3) + gate
                 upcoming = tl.load(at, mask=in_gates & (step + 1 < step_end), other=0.0)
+            if norm_ptr is not None and PROTOCOL == exchange.COUNTER:
+                acc = tl.where(alive > 0, acc, float("nan"))
             r_i, r_f, r_g, r_o = layout.cells_of_product(acc, BLOCK_H, BLOCK_B)
             if STACKED:
                 r_i, r_f, r_g, r_o = r_i + b_i, r_f + b_f, r_g + b_g, r_o + b_o
+            if norm_ptr is not None:
+                known = unit_of_cell < H
+                row_turn += 1
+                mean, inverse = norm.moments(
+                    (r_i, r_f, r_g, r_o), known, in_batch, row_turn, room, step, spin_limit,
+                    H, HX, BLOCK_H, BLOCK_B, SINGLE, AMD, WARPS,
+                )  # fmt: skip
+                r_i, r_f = tl.where(known, (r_i - mean) * inverse, 0.0), tl.where(known, (r_f - mean) * inverse, 0.0)
+                r_g, r_o = tl.where(known, (r_g - mean) * inverse, 0.0), tl.where(known, (r_o - mean) * inverse, 0.0)
+                if SAVE:
+                    at = products_ptr + tl.expand_dims(row * (4 * HX) + unit_of_cell * 4, 3) + gate
+                    hats = layout.join_gates(r_i.to(dtype), r_f.to(dtype), r_g.to(dtype), r_o.to(dtype))
+                    tl.store(at, hats, mask=in_gates)
+                    tl.store(statistics_ptr + row * norm.STATISTICS, inverse, mask=in_batch & (block == 0))
+                r_i, r_f, r_g, r_o = r_i * gains[0], r_f * gains[1], r_g * gains[2], r_o * gains[3]
             i, f, g, o, c_new, h_new = cell.forward(
                 r_i + p_i.to(tl.float32), r_f + p_f.to(tl.float32), r_g + p_g.to(tl.float32), r_o + p_o.to(tl.float32),
                 c, EXACT, AMD, peephole, COUPLED, CLIP, GATE, NODE, SHOWN,
             )  # fmt: skip
+            if norm_ptr is not None:
+                row_turn += 1
+                mean, inverse = norm.moments(
+                    (c_new,), known, in_batch, row_turn, room, step, spin_limit,
+                    H, HX, BLOCK_H, BLOCK_B, SINGLE, AMD, WARPS,
+                )  # fmt: skip
+                if SAVE:
+                    at = statistics_ptr + row * norm.STATISTICS
+                    tl.store(at + 1, mean, mask=in_batch & (block == 0))
+                    tl.store(at + 2, inverse, mask=in_batch & (block == 0))
+                shown = (c_new - mean) * inverse * gains[4] + gains[5]
+                h_new = o * cell.activation(shown, SHOWN, EXACT, AMD)
             if ZONEOUT_H > 0 or ZONEOUT_C > 0:
                 keep_h, keep_c = random_bits.zones(noise_ptr, row * H + unit_of_cell, ZONEOUT_H, ZONEOUT_C)
                 if ZONEOUT_H > 0:

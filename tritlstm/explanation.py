@@ -133,11 +133,18 @@ def explain(
         return Explanation("torch", reason, str(data.device), sizes)
     if batch == 0:
         return Explanation("aten", "an empty batch needs no kernel", str(data.device), sizes)
+    given = (module, data.to(dtype=dtype, device="meta"), plan.device_of(data), sizes)
+    precision = plan.dot_precision(torch.empty(0, dtype=dtype))
     if "layer_norm" in changed:
-        reason = "layer_norm needs a sum over all units between the product and the cell, which the kernels do not make"
-        return Explanation("aten", reason, str(data.device), sizes, notes=own_notes)
-    found = _kernels(module, data.to(dtype=dtype, device="meta"), plan.device_of(data), sizes, training, beyond,
-                     plan.dot_precision(torch.empty(0, dtype=dtype)))  # fmt: skip
+        try:
+            # Both directions must be possible, as they must for the operator, trained or not.
+            _kernels(*given, True, beyond, precision, normed=True)
+            found = _kernels(*given, training, beyond, precision, normed=True)
+        except plan.PlanError as error:
+            reason = f"layer_norm needs all blocks of a step on the device at once: {error}"
+            return Explanation("aten", reason, str(data.device), sizes, notes=own_notes)
+        return dataclasses.replace(found, notes=(*own_notes, *found.notes))
+    found = _kernels(*given, training, beyond, precision)
     return dataclasses.replace(found, notes=(*own_notes, *found.notes))
 
 
@@ -147,7 +154,12 @@ def _folds(module: Any) -> bool:
 
 def _note_variant(module: Any, changed: dict[str, Any]) -> tuple[str, ...]:
     notes = []
-    if "recompute" in changed:
+    if "layer_norm" in changed:
+        notes.append("layer_norm: two exchanges of row sums more in every step, unless one block holds all units")
+        notes.append("layer_norm inside torch.func transforms runs in plain PyTorch operators")
+    if "recompute" in changed and "layer_norm" in changed:
+        notes.append("recompute: of no effect beside layer_norm, whose gates are kept")
+    elif "recompute" in changed:
         notes.append("recompute: backward makes the gates again, by one product over all steps")
     if getattr(module, "hidden_sizes", None):
         notes.append(f"hidden sizes {list(module.hidden_sizes)}, layer by layer; what is said here is of the first")
@@ -188,6 +200,7 @@ def _kernels(
     training: bool,
     beyond: list[str],
     precision: str,
+    normed: bool = False,
 ) -> Explanation:
     length, batch, hidden = sizes["T"], sizes["B"], sizes["H"]
     emulation = emulator.current()
@@ -197,8 +210,8 @@ def _kernels(
         found = []
         for direction in ("forward", "backward") if training else ("forward",):
             arguments = (direction, length, batch, width, data.dtype, device, precision, training)
-            chosen = plan.recurrent(*arguments, overrides, chains, stacked)
-            found.append(KernelChoice(direction, chosen, plan.tiers(*arguments, chains, stacked)))
+            chosen = plan.recurrent(*arguments, overrides, chains, stacked, normed)
+            found.append(KernelChoice(direction, chosen, plan.tiers(*arguments, chains, stacked, normed)))
         return found
 
     layers = getattr(module, "num_layers", 1)

@@ -127,12 +127,13 @@ def forward(
     gate0: Tensor | None = None,
     cell: Cell = PLAIN,
     recompute: bool = False,
+    norm: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Forward of one layer and direction.
 
     ``x`` [T, B, D], ``w_ih`` [4H, D], ``w_hh`` [4H, H], biases [4H], ``h0`` and ``c0`` [B, H], ``lengths``
     int32 [B], ``gate0`` [B, 4H] added to the pre-activations of each sequence's first step. All of one dtype.
-    ``cell`` is how the cell differs from the plain one.
+    ``cell`` is how the cell differs from the plain one; ``norm`` is a :class:`tritlstm.normed.Normed`.
 
     Returns ``out`` [T, B, H], ``h_n`` and ``c_n`` [B, H] and, if ``save``, what :func:`backward` needs:
     ``gates`` [T, B, 4 HX], the four of a unit side by side (empty with ``recompute``), and ``cells`` [T, B, HX] in fp32
@@ -143,12 +144,18 @@ def forward(
     width = padded(hidden)
     precision = plan.dot_precision(x)
     device = plan.device_of(x)
-    layout = plan.recurrent("forward", length, batch, hidden, x.dtype, device, precision, save, _overrides())
+    layout = plan.recurrent(
+        "forward", length, batch, hidden, x.dtype, device, precision, save, _overrides(),
+        normed=norm is not None,
+    )
     cuts = aten.cut_steps(cell.resets, lengths, reverse)
     separate = width != hidden or cell.h_scale is not None
     layout = _with_cell(layout, cell, SEPARATE_OUT=separate, KEEP_GATES=not recompute)
 
-    gates = _input_products(x, w_ih, b_ih, b_hh, hidden, device, precision)
+    if norm is None:
+        gates = _input_products(x, w_ih, b_ih, b_hh, hidden, device, precision)
+    else:
+        gates = norm.input_products(x, w_ih, b_ih, b_hh, hidden)
     _add_gate0(gates, gate0, cuts, lengths, reverse)
 
     buffer = _exchange_buffer((length, batch, width), x, layout.protocol)
@@ -178,6 +185,7 @@ def forward(
         "reverse": int(reverse),
         **_cell_arguments(cell, cuts),
         "entry_ptr": _entry(h0, cell, width),
+        **({} if norm is None else norm.forward_arguments(layout, x.device)),
     }
     for begin, end in _steps(layout, length):
         _run(layout.launch({**arguments, "step_begin": begin, "step_end": end}))
@@ -247,12 +255,13 @@ def _input_products(
     hidden: int,
     device: plan.Device,
     precision: str,
+    dtype: torch.dtype | None = None,
     gates: Tensor | None = None,
 ) -> Tensor:
     length, batch, features = x.shape
     x, stride_t, stride_b = _row_strides(x)
     if gates is None:
-        gates = torch.empty((length, batch, 4 * padded(hidden)), dtype=x.dtype, device=x.device)
+        gates = torch.empty((length, batch, 4 * padded(hidden)), dtype=dtype or x.dtype, device=x.device)
     layout = plan.gate_gemm(length * batch, features, hidden, x.dtype, device, precision)
     arguments = {
         "x_ptr": x,
@@ -444,13 +453,17 @@ def _recurrent_backward(
     reverse: bool,
     x: Tensor,
     cell: Cell,
+    norm: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of the gates' pre-activations [T, B, 4 HX] and of c0 [B, H] (fp32), and what zoneout passes to h0."""
     length, batch, _ = x.shape
     hidden = w_hh.shape[1]
     device = plan.device_of(x)
     precision = plan.dot_precision(x)
-    layout = plan.recurrent("backward", length, batch, hidden, x.dtype, device, precision, True, _overrides())
+    layout = plan.recurrent(
+        "backward", length, batch, hidden, x.dtype, device, precision, True, _overrides(),
+        normed=norm is not None,
+    )
     layout = _with_cell(layout, cell)
     stride_t, stride_b = batch, 1
     if grad_out is not None:
@@ -478,6 +491,7 @@ def _recurrent_backward(
         "grad_out_stride_b": stride_b,
         "reverse": int(reverse),
         **_cell_arguments(cell, cuts),
+        **({} if norm is None else norm.backward_arguments(layout, x)),
     }
     kept_h = torch.empty_like(grad_c0) if cell.zoneout_h else None
     if kept_h is not None:

@@ -295,6 +295,8 @@ class _Problem:
     protocols: tuple[str, ...] = ("flag",)
     chains: int = 1
     stacked: bool = False
+    #: Layer normalisation: sums over all units inside a step, so no tier that launches step by step.
+    normed: bool = False
 
     @property
     def element(self) -> int:
@@ -336,7 +338,8 @@ def _candidates(problem: _Problem) -> Iterator[RecurrentPlan]:
         whole = _power_of_two(padded(hidden), 16)
         if whole <= 128 and not problem.one_step and not problem.stacked:
             yield from _feasible(problem, "single", whole, block_b, 1, _single_warps(problem, whole))
-        for tier in ("step",) if problem.one_step else ("persistent", "streaming", "step"):
+        in_loop = ("persistent", "streaming") if problem.normed else ("persistent", "streaming", "step")
+        for tier in ("step",) if problem.one_step else in_loop:
             if problem.chains > 1 and tier != "persistent" and not problem.one_step:
                 continue  # where one chain leaves no room for another, the layers run one after another
             for block_h, parts in _teams(problem, tier):
@@ -523,6 +526,11 @@ def _cost(problem: _Problem, plan: RecurrentPlan) -> StepCost:
     if plan.parts > 1:
         taken = plan.parts * plan.block_h * rows * 8  # 64-bit words
         parts = FLAG_US + L2_LATENCY_US + max(taken / SM_L2_BYTES_PER_US, blocks * taken / device.l2_bytes_per_us)
+    if problem.normed and plan.tier != "single":
+        # Twice two numbers a row from every block.
+        taken = -(-padded(problem.hidden) // plan.block_h) * 2 * rows * 8
+        copied = max(taken / SM_L2_BYTES_PER_US, blocks * taken / device.l2_bytes_per_us)
+        parts += 2 * (FLAG_US + L2_LATENCY_US + copied)
     left = (1.0 - share) * weight_bytes
     streamed = max(left / SM_L2_BYTES_PER_US, blocks * left / device.l2_bytes_per_us)
     hand_off = {"none": 0.0, "counter": COUNTER_US, "flag": FLAG_US}[plan.protocol]
@@ -555,6 +563,7 @@ def recurrent(
     overrides: Mapping[str, Any] | None = None,
     chains: int = 1,
     stacked: bool = False,
+    normed: bool = False,
 ) -> RecurrentPlan:
     """The fastest predicted plan of one recurrent kernel.
 
@@ -562,7 +571,8 @@ def recurrent(
     ``protocol``, ``block_h``, ``block_b``, ``block_k``, ``num_warps``, backward ``parts``, ``at_once``, and after the
     choice ``resident``, ``poll``, ``n_groups``). ``chains``: so many recurrences side by side, which need nothing of
     each other (directions, heads of H units); only plans that hold w_hh on chip, and those of one step, know them.
-    ``stacked``: they are layers instead, each of which reads the one before it, and all run at once.
+    ``stacked``: they are layers instead, each of which reads the one before it, and all run at once. ``normed``: with
+    layer normalisation.
     Raises :class:`PlanError` if nothing fits.
     """
     fixed = dict(overrides or {})
@@ -572,10 +582,10 @@ def recurrent(
     # A single step needs no exchange; every longer sequence is planned alike.
     asked = fixed.get("protocol")
     protocols = (asked,) if asked in ("flag", "counter") else ("flag",)
+    one_step = length == 1 and not normed
     problem = _Problem(
-        direction, batch, hidden, dtype, precision, device, save, length == 1, block_k, protocols, chains,
-        stacked,
-    )  # fmt: skip
+        direction, batch, hidden, dtype, precision, device, save, one_step, block_k, protocols, chains, stacked, normed
+    )
     return _best(problem, tuple(sorted(fixed.items())))
 
 
@@ -651,11 +661,12 @@ def tiers(
     save: bool = True,
     chains: int = 1,
     stacked: bool = False,
+    normed: bool = False,
 ) -> dict[str, RecurrentPlan | str]:
     """The best plan of every tier or, where a tier can't run these sizes, the reason."""
-    problem = _Problem(
-        direction, batch, hidden, dtype, precision, device, save, length == 1, chains=chains, stacked=stacked
-    )
+    one_step = length == 1 and not normed
+    more = {"chains": chains, "stacked": stacked, "normed": normed}
+    problem = _Problem(direction, batch, hidden, dtype, precision, device, save, one_step, **more)
     found: dict[str, RecurrentPlan | str] = {}
     for tier in TIERS:
         plans = [plan for plan in _candidates(problem) if plan.tier == tier]
@@ -672,6 +683,8 @@ def _why_not(problem: _Problem, tier: str) -> str:
         return "it runs one layer after another"
     if problem.chains > 1 and tier in ("streaming", "step"):
         return "it runs one chain after another"
+    if problem.normed and tier == "step":
+        return "layer normalisation sums over all units inside a step, which one launch a step can't"
     if tier == "single":
         return (
             f"a block would hold all of w_hh, {_kib(weights)} KiB, in at most {_kib(device.shared_bytes)} KiB of "

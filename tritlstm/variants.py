@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import aten, chain_ops, ops, random_bits, variant_ops
+from . import aten, chain_ops, normed_ops, ops, random_bits, variant_ops
 from .cell_options import Cell, CellOptions
 
 __all__ = ["PARAMETERS", "Extras", "dense_heads"]
@@ -89,11 +89,14 @@ class Extras(NamedTuple):
                 w_hh = (w_hh * kept).to(w_hh.dtype)
             cell = self._cell(k, weights.get("weight_ch"), x, h0)
             args = (x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse)
+            norm = None
             if options.layer_norm:
                 norm = aten.Norm(*(weights[name] for name in PARAMETERS["layer_norm"]))
-                results = self._normalized(args, gate0, cell, norm)
-            elif self.record is not None and self.differentiable:
-                results = self._normalized(args, gate0, cell, None)
+            if self.record is not None and self.differentiable:
+                results = self._plain(args, gate0, cell, norm)
+            elif norm is not None:
+                # A projection, from which gate0 comes, can't be had with it.
+                results = normed_ops.layer(*args, self.record is not None, cell, norm)
             else:
                 saves = self.record is not None
                 results = variant_ops.layer(*args, saves, gate0, cell, options.recompute and not saves)
@@ -121,7 +124,7 @@ class Extras(NamedTuple):
             options.codes,
         )  # fmt: skip
 
-    def _normalized(
+    def _plain(
         self, args: tuple[Any, ...], gate0: Tensor | None, cell: Cell, norm: aten.Norm | None
     ) -> ops.Results:
         x = args[0]
