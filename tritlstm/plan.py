@@ -371,13 +371,14 @@ def _max_registers(device: Device, crowded: bool = False) -> int | None:
     return 255 if device.arch.startswith("sm_") and not untold else None
 
 
-def _hoists(device: Device, tier: str) -> bool:
+def _hoists(problem: _Problem, tier: str) -> bool:
     """Whether the compiler may move what does not change out of the time loop. With wgmma it must not: the descriptors
     of all weights would take up registers. Without, Triton 3.9 would store the weights to shared memory in every step,
     out of registers that spill, and 3.6 those of a single block (seen by compiling every configuration); 3.7 does not
     need to be told."""
     tiers = ("single", "persistent") if TRITON >= (3, 9) else ("single",) if TRITON < (3, 7) else ()
-    return tier in tiers and device.arch.startswith("sm_") and device.matrix_rows == 16
+    without_wgmma = problem.device.matrix_rows == 16 or _scalar_products(problem)
+    return tier in tiers and problem.device.arch.startswith("sm_") and without_wgmma
 
 
 def _num_warps(problem: _Problem, units: int) -> int:
@@ -407,11 +408,14 @@ def _most_cells(problem: _Problem, tier: str, block_b: int) -> float:
         return math.inf
     if _scalar_products(problem):
         return 2 if (tier, problem.direction) == ("single", "forward") else 1
+    few = TRITON >= (3, 9) and problem.device.arch == "sm_120"  # which has the fewest to spare there
     if tier == "single":
+        if few and problem.direction == "backward":
+            return 2
         return 8 if problem.direction == "forward" or block_b == 16 else 0
     if problem.stacked:
         return 2
-    return 2 if problem.direction == "backward" and problem.element == 4 else 4
+    return 2 if problem.element == 4 and (few or problem.direction == "backward") else 4
 
 
 def _scalar_products(problem: _Problem) -> bool:
@@ -478,7 +482,7 @@ def _feasible(
         problem.direction, tier, "none", hidden, problem.dtype, problem.precision, block_h, block_b, block_k, parts,
         chunks, resident, poll, num_warps, n_blocks, n_tiles, n_tiles, shared, problem.save, cost=_NO_COST,
         max_registers=_max_registers(device, not forward and tier != "single" and cells > 2),
-        amd=device.arch.startswith("gfx"), hoist=_hoists(device, tier),
+        amd=device.arch.startswith("gfx"), hoist=_hoists(problem, tier),
         chains=problem.chains, stacked=problem.stacked,
     )  # fmt: skip
     most = problem.chains if tier == "step" else min(problem.chains, sms // n_blocks)
