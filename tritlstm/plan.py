@@ -489,7 +489,8 @@ def _cost(problem: _Problem, plan: RecurrentPlan) -> StepCost:
     if problem.normed and plan.tier != "single":
         # Twice two numbers a row from every block.
         taken = -(-padded(problem.hidden) // plan.block_h) * 2 * rows * 8
-        parts += 2 * (FLAG_US + L2_LATENCY_US + max(taken / SM_L2_BYTES_PER_US, blocks * taken / device.l2_bytes_per_us))
+        carried = max(taken / SM_L2_BYTES_PER_US, blocks * taken / device.l2_bytes_per_us)
+        parts += 2 * (FLAG_US + L2_LATENCY_US + carried)
     left = (1.0 - share) * weight_bytes
     streamed = max(left / SM_L2_BYTES_PER_US, blocks * left / device.l2_bytes_per_us)
     hand_off = {"none": 0.0, "counter": COUNTER_US, "flag": FLAG_US}[plan.protocol]
@@ -524,7 +525,8 @@ def recurrent(
 
     ``direction`` is ``'forward'`` or ``'backward'``; ``overrides`` fixes fields of :class:`RecurrentPlan`
     (``tier``, ``protocol``, ``block_h``, ``block_b``, ``block_k``, ``num_warps``, backward ``parts``, and after the
-    choice ``resident``, ``poll``, ``n_groups``). ``normed``: with layer normalisation. Raises :class:`PlanError` if nothing fits.
+    choice ``resident``, ``poll``, ``n_groups``). ``normed``: with layer normalisation.
+    Raises :class:`PlanError` if nothing fits.
     """
     fixed = dict(overrides or {})
     if direction == "forward":
