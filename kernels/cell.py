@@ -176,8 +176,8 @@ def backward(
 ):  # fmt: skip
     """Gradients of h and of the next step's cell input to those of the pre-activations.
 
-    ``c`` is the cell state before zoneout, ``dh`` and ``dc`` the gradients without what zoneout passes by. ``normed``: of a
-    cell normalised on its way out, the activation's value and what of its gradient reaches c. Returns
+    ``c`` is the cell state before zoneout, ``dh`` and ``dc`` the gradients without what zoneout passes by. ``normed``:
+    of a cell normalised on its way out, the activation's value and what of its gradient reaches c. Returns
     ``(d_pre_i, d_pre_f, d_pre_g, d_pre_o, dc_previous)``, fp32.
     """
     if normed is None:

@@ -1,7 +1,7 @@
 """Layer normalisation inside the time loops: sums over all units of a batch row, in one block or across a group.
 
 A block reduces its own units; the blocks of a group then give each other two fp32 numbers a row by tagged words
-(``exchange.publish_tagged``) and combine those of all blocks in the order of the blocks, so every block has the same bits.
+(``exchange.publish_tagged``) and combine those of all blocks in the order of the blocks, so all have the same bits.
 Variances come from means and squared deviations (Chan, Golub & LeVeque, 1983), never from a difference of squares.
 Derivation and why the slots suffice: README.md.
 """
@@ -50,7 +50,7 @@ def gains(norm_ptr, unit, H: tl.constexpr):
 
 @triton.jit
 def _share(
-    first, second, turn, room, in_batch, H: tl.constexpr, HX: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr,
+    first, second, turn, room, in_batch, HX: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr,
     AMD: tl.constexpr,
 ):  # fmt: skip
     """Publishes two numbers a row, ``[BLOCK_B / 8, 1, 8]``, under ``turn``; returns where those of block 0 begin."""
@@ -86,7 +86,7 @@ def moments(
     values, known, in_batch, turn, room, step, spin_limit, H: tl.constexpr, HX: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_B: tl.constexpr, SINGLE: tl.constexpr, AMD: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """Mean and 1 / std, ``[BLOCK_B / 8, 1, 8]``, of a row's values: those of all ``known`` units in all tiles ``values``.
+    """Mean and 1 / std, ``[BLOCK_B / 8, 1, 8]``, of a row: of all ``known`` units in all tiles ``values``.
 
     ``room`` is None in a single block, else the group's words, the mark of a time-out and the status record.
     """
@@ -103,7 +103,7 @@ def moments(
     if not SINGLE:
         COUNT: tl.constexpr = blocks_of_units(HX, BLOCK_H)
         TOGETHER: tl.constexpr = blocks_at_a_time(COUNT, BLOCK_B, WARPS)
-        at = _share(mean, deviation, turn, room, in_batch, H, HX, BLOCK_H, BLOCK_B, AMD)
+        at = _share(mean, deviation, turn, room, in_batch, HX, BLOCK_H, BLOCK_B, AMD)
         mean = mean * 0.0
         deviation = mean
         for begin in tl.static_range(0, COUNT, TOGETHER):
@@ -126,7 +126,7 @@ def moments(
 
 @triton.jit
 def means(
-    first, second, in_batch, turn, room, step, spin_limit, N: tl.constexpr, H: tl.constexpr, HX: tl.constexpr,
+    first, second, in_batch, turn, room, step, spin_limit, N: tl.constexpr, HX: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, SINGLE: tl.constexpr, AMD: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """Sums over a row of two tiles that are 0 beyond H, divided by ``N``: ``[BLOCK_B / 8, 1, 8]`` each."""
@@ -135,7 +135,7 @@ def means(
     if not SINGLE:
         COUNT: tl.constexpr = blocks_of_units(HX, BLOCK_H)
         TOGETHER: tl.constexpr = blocks_at_a_time(COUNT, BLOCK_B, WARPS)
-        at = _share(first, second, turn, room, in_batch, H, HX, BLOCK_H, BLOCK_B, AMD)
+        at = _share(first, second, turn, room, in_batch, HX, BLOCK_H, BLOCK_B, AMD)
         first = first * 0.0
         second = first
         for begin in tl.static_range(0, COUNT, TOGETHER):
@@ -149,5 +149,5 @@ def means(
 
 @triton.jit
 def through(d, hat, first, second, inverse):
-    """The gradient ``d`` of normalised values ``hat`` to that of the values; ``first``, ``second`` are means of d, d hat."""
+    """The gradient ``d`` of normalised values ``hat`` to that of the values, with the means of d and of d hat."""
     return inverse * (d - first - hat * second)

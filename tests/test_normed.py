@@ -1,8 +1,8 @@
 """Layer normalisation in the Triton kernels: in the parallel emulator, or on CUDA, against float64.
 
-What is exact here is `tritlstm.aten.forward` in float64 and autograd's gradient of it, which `tests/test_variants.py` holds
-to NumPy and to finite differences; each sequence is run alone, cut to its length and flipped, so that lengths and the
-reverse direction are formulated by other means.
+What is exact here is `tritlstm.aten.forward` in float64 and autograd's gradient of it, which `tests/test_variants.py`
+holds to NumPy and to finite differences; each sequence is run alone, cut to its length and flipped, so that lengths and
+the reverse direction are formulated by other means.
 """
 
 from __future__ import annotations
@@ -196,13 +196,12 @@ def test_together_with_every_other_option_of_the_cell(options, reverse, coupled)
     cell = Cell(resets, peephole, scale, noise, coupled, 0.8, 0.4, 0.3, (3, 4, 1))
     lengths = [4, 0, 2, 1, 3]
     exact_cell = cell._replace(h_scale=scale.double())
-    assert_close(
-        problem.by_kernels(lengths, reverse, cell, **options), problem.plain(torch.float64, lengths, reverse, exact_cell)
-    )
+    exact = problem.plain(torch.float64, lengths, reverse, exact_cell)
+    assert_close(problem.by_kernels(lengths, reverse, cell, **options), exact)
 
 
 def test_a_mean_far_from_zero_does_not_cancel():
-    """All of x W_ih, and of the cells, lie 1000 deviations off zero: a difference of squares would have nothing left."""
+    """Means of products and cells lie hundreds of deviations off zero: differences of squares would keep nothing."""
     problem = Problem.draw((2, 3, 4, 37), seed=4)
     problem.inputs["c0"] += 1000.0
     problem.inputs["b_ih"] += 3.0
@@ -231,7 +230,7 @@ def test_the_same_bits_whatever_the_scheduling(protocol):
 def test_a_block_that_dies_ends_the_others_waits(protocol):
     problem = Problem.draw((3, 2, 4, 33))
     fault = emulator.Fault((1, 0), 3)
-    with pytest.raises(RuntimeError, match="gave up|time"):
+    with pytest.raises(RuntimeError, match=r"gave up|time"):
         problem.by_kernels(**PERSISTENT, protocol=protocol, fault=fault, spin_limit=200)
 
 
@@ -343,7 +342,7 @@ def test_what_the_operators_refuse():
     inputs, norm = problem.inputs.values(), problem.norm
     with kernels(), pytest.raises(ValueError, match=r"norm_hh must be \[32\] of a float dtype .* got \[8\]"):
         torch.ops.tritlstm.normed_layer(*inputs, None, False, False, *Cell(), *norm._replace(hh=norm.c))
-    with pytest.raises(ValueError, match=r"runs in the Triton kernels alone, .* of torch.float64 on cpu; call"):
+    with pytest.raises(ValueError, match=r"runs in the Triton kernels alone, .* of torch.float64 on cpu; tritlstm"):
         torch.ops.tritlstm.normed_layer(*(v.double() for v in inputs), None, False, False, *Cell(), *norm)
 
 
@@ -356,7 +355,8 @@ def test_what_the_operators_refuse():
 def test_the_kernels_compile_without_spilling(direction, arch, dtype):
     chosen = plan.recurrent(direction, 64, 16, 256, dtype, plan.DEVICES[arch], normed=True)
     launch = inspect_kernels.recurrent_launch(chosen)
-    dtypes = {"norm_ptr": torch.float32, "products_ptr": dtype, "statistics_ptr": torch.float32, "rows_ptr": torch.int64}
+    dtypes = {"norm_ptr": torch.float32, "statistics_ptr": torch.float32, "products_ptr": dtype}
+    dtypes["rows_ptr"] = torch.int64
     if direction == "backward":
         dtypes |= {"grad_pre_ptr": dtype, "grad_norm_ptr": torch.float32}
     added = {name: torch.empty(1, dtype=kind, device="meta") for name, kind in dtypes.items()}

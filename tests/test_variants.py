@@ -563,7 +563,7 @@ class TestExplain:
         assert tritlstm.explain(tritlstm.LSTM(D, H), x).path == "torch"
 
     @pytest.mark.skipif(CUDA, reason="about the emulator")
-    def test_kernels_have_all_but_layer_norm(self):
+    def test_kernels_have_all_of_them(self):
         x = torch.zeros(T, B, D)
         with emulator.emulate():
             for kind in ({"peephole": True, "zoneout": 0.1, "recurrent_dropout": 0.1}, {"recompute": True}):
@@ -571,8 +571,10 @@ class TestExplain:
             heads = tritlstm.explain(tritlstm.LSTM(D, H, num_heads=3, coupled=True), x)
             assert "num_heads=3 runs as one w_hh with zeros outside the heads: 3 times their products" in str(heads)
             norm = tritlstm.explain(tritlstm.LSTM(D, H, layer_norm=True), x)
-            assert norm.path == "aten"
-            assert "layer_norm needs a sum over all units" in norm.reason
+            assert norm.path == "kernels"
+            assert "layer_norm: two exchanges of row sums more in every step" in str(norm)
+            both = tritlstm.explain(tritlstm.LSTM(D, H, layer_norm=True, recompute=True), x)
+            assert "recompute: of no effect beside layer_norm, whose gates are kept" in str(both)
             sizes = tritlstm.explain(tritlstm.LSTM(D, [8, 4]), x)
             assert "hidden sizes [8, 4], layer by layer" in str(sizes)
 

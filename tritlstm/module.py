@@ -61,9 +61,9 @@ class LSTM(nn.RNNBase):
             `tritlstm.cell_options.ACTIVATIONS`.
         num_heads: splits the units into heads that do not see each other: weight_hh_l{k} is [4H, H / num_heads].
         layer_norm: normalises both products over the 4H gates, with gains norm_ih_l{k} and norm_hh_l{k} [4H] and the
-            biases for biases, and the cell on its way out, with norm_c_l{k} and norm_c_bias_l{k} [H]. Runs in plain
-            operators everywhere.
-        recompute: backward computes the gates again instead of keeping them: 4H numbers a step and sequence less.
+            biases for biases, and the cell on its way out, with norm_c_l{k} and norm_c_bias_l{k} [H].
+        recompute: backward computes the gates again instead of keeping them: 4H numbers a step and sequence less. Of
+            no effect beside layer_norm.
 
     Call:
         input: [T, B, D], [B, T, D] if `batch_first`, [T, D] without a batch, or a `PackedSequence`.

@@ -1,7 +1,7 @@
 """A layer-normed LSTM on the kernel path: what `tritlstm.layer` does for the plain cell, with its three normalisations.
 
-The input products are normalised for all steps at once, before the recurrence; the recurrent products and the cell on its
-way out inside of it (`kernels/norm.py`). Backward makes the raw input products again, so that they need not be kept.
+The input products are normalised for all steps at once, before the recurrence; the recurrent products and the cell on
+its way out inside of it (`kernels/norm.py`). Backward makes the raw input products again, so they are not kept.
 """
 
 from __future__ import annotations
@@ -155,7 +155,8 @@ def backward(
     grad_products, grad_c0, kept_h = layer._recurrent_backward(
         grad_out, grad_h_n, grad_c_n, w_hh, c0, lengths, cuts, gates, cells, reverse, x, cell, run
     )
-    assert run.grad_pre is not None and run.grad_cell is not None
+    assert run.grad_pre is not None
+    assert run.grad_cell is not None
     grad_raw, grad_ih, grad_hh = _input_gradient(run.grad_pre, products, x, w_ih, hidden, norm)
     rows_in, rows_pre, rows = (g.view(length * batch, -1) for g in (grad_raw, run.grad_pre, grad_products))
     first_rows = layer._first_rows(length, batch, lengths, reverse, x.device)
@@ -198,4 +199,5 @@ def _input_gradient(
         d = d * gain
         d = inverse * (d - d.mean(-1, keepdim=True) - hat * (d * hat).mean(-1, keepdim=True))
         grad_raw[steps, :, own] = d.to(grad_raw.dtype)
-    return grad_raw, *(g.view(-1, 4).t().flatten() for g in (grad_ih, grad_hh))
+    grad_ih, grad_hh = (g.view(-1, 4).t().flatten() for g in (grad_ih, grad_hh))
+    return grad_raw, grad_ih, grad_hh

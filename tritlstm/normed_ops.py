@@ -1,12 +1,12 @@
-"""The operators `torch.ops.tritlstm.normed_layer` and `normed_layer_backward`: `variant_layer` with layer normalisation.
+"""The operators `torch.ops.tritlstm.normed_layer` and `normed_layer_backward`: `variant_layer` with layer norm.
 
     normed_layer(x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, save, resets, peephole, h_scale, noise, coupled,
                  cell_clip, zoneout_h, zoneout_c, activations, norm_ih, norm_hh, norm_c, norm_c_bias)
         -> (out, h_n, c_n, gates, cells, products, statistics)
 
-The arguments are those of `variant_layer` (see `tritlstm.variant_ops`) without gate0 and recompute, and the parameters of
-`tritlstm.aten.Norm`: norm_ih and norm_hh [4H], norm_c and norm_c_bias [H], of any float dtype. What is saved besides gates
-and cells: products [T, B, 4 HX], the recurrent products normalised, as gates lie, and statistics [T, B, 3] float32.
+The arguments are those of `variant_layer` (see `tritlstm.variant_ops`) without gate0 and recompute, and the parameters
+of `tritlstm.aten.Norm`: norm_ih and norm_hh [4H], norm_c and norm_c_bias [H], of any float dtype. What is saved besides
+gates and cells: products [T, B, 4 HX], the recurrent products normalised, as gates lie; statistics [T, B, 3] float32.
 
 The operator is for the Triton kernels: CUDA tensors of float16, bfloat16 and float32, and CPU tensors inside
 `tritlstm.emulator.emulate()`. Elsewhere, and for derivatives of a gradient and in forward mode, `layer` here is
@@ -128,7 +128,8 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
 
     cell, norm = _cell_and_norm(args[_PLAIN:])
     _need_kernels("normed_layer", args[0])
-    out, h_n, c_n, *saved = normed.forward(*args[:_PLAIN], cell, norm)
+    run: Any = normed.forward
+    out, h_n, c_n, *saved = run(*args[:_PLAIN], cell, norm)
     return out, h_n, c_n.to(args[6].dtype), *saved
 
 
@@ -136,14 +137,15 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
     from . import normed
 
     _need_kernels("normed_layer_backward", args[3])
-    return normed.backward(*args[: -_CELL - 4], *_cell_and_norm(args[-_CELL - 4 :]))
+    run: Any = normed.backward
+    return run(*args[: -_CELL - 4], *_cell_and_norm(args[-_CELL - 4 :]))
 
 
 def _need_kernels(name: str, x: Tensor) -> None:
     if not ops.runs_kernels(x) or x.size(1) == 0:
         raise ValueError(
-            f"tritlstm {name}: runs in the Triton kernels alone, on a batch that is not empty, and got x {list(x.shape)} "
-            f"of {x.dtype} on {x.device}; call tritlstm.LSTM(..., layer_norm=True), which runs everywhere"
+            f"tritlstm {name}: runs in the Triton kernels alone, on a batch that is not empty, and got x "
+            f"{list(x.shape)} of {x.dtype} on {x.device}; tritlstm.LSTM(..., layer_norm=True) runs everywhere"
         )
 
 

@@ -124,9 +124,7 @@ class Extras(NamedTuple):
             options.codes,
         )  # fmt: skip
 
-    def _plain(
-        self, args: tuple[Any, ...], gate0: Tensor | None, cell: Cell, norm: aten.Norm | None
-    ) -> ops.Results:
+    def _plain(self, args: tuple[Any, ...], gate0: Tensor | None, cell: Cell, norm: aten.Norm | None) -> ops.Results:
         x = args[0]
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
