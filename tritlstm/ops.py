@@ -44,7 +44,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import aten, batching
+from . import aten, batching, cpu
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -86,10 +86,15 @@ def _emulating() -> bool:
     return emulator is not None and not torch.compiler.is_compiling() and emulator.active()
 
 
+def launches(x: Tensor) -> bool:
+    """Whether operators on `x` launch kernels; an empty batch needs no launch."""
+    return runs_kernels(x) and x.size(1) > 0
+
+
 def _engine(x: Tensor) -> Any:
-    """The module whose `forward` and `backward` compute on `x`; an empty batch needs no launch."""
-    if not runs_kernels(x) or x.size(1) == 0:
-        return aten
+    """The module whose `forward` and `backward` compute on `x`."""
+    if not launches(x):
+        return cpu if x.is_cpu else aten
     from . import layer
 
     return layer
