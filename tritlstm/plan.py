@@ -669,8 +669,10 @@ def tiers(
 ) -> dict[str, RecurrentPlan | str]:
     """The best plan of every tier or, where a tier can't run these sizes, the reason."""
     one_step = length == 1 and not normed
-    more = {"chains": chains, "stacked": stacked, "normed": normed}
-    problem = _Problem(direction, batch, hidden, dtype, precision, device, save, one_step, **more)
+    problem = _Problem(
+        direction, batch, hidden, dtype, precision, device, save, one_step, chains=chains, stacked=stacked,
+        normed=normed,
+    )  # fmt: skip
     found: dict[str, RecurrentPlan | str] = {}
     for tier in TIERS:
         plans = [plan for plan in _candidates(problem) if plan.tier == tier]
