@@ -377,6 +377,8 @@ def _most_cells(problem: _Problem, tier: str, block_b: int) -> float:
         return math.inf
     if _scalar_products(problem):
         return 2 if (tier, problem.direction) == ("single", "forward") else 1
+    if problem.normed and (tier, problem.direction) == ("single", "backward"):
+        return 4  # 8 spill 8 bytes for sm_90 at H=128
     if tier == "single":
         return 8 if problem.direction == "forward" or block_b == 16 else 0
     return 2 if problem.direction == "backward" and problem.element == 4 else 4
