@@ -165,7 +165,6 @@ def recurrent_forward(
         peephole = cell.peephole_weights(peephole_ptr, unit_of_cell, H)
 
     if norm_ptr is not None:
-        gains = norm.gains(norm_ptr, unit_of_cell, H)
         row_turn = tl.full((), 0, tl.int32)
         room = None
         if not SINGLE:
@@ -309,6 +308,8 @@ def recurrent_forward(
                 r_i, r_f, r_g, r_o = r_i + b_i, r_f + b_f, r_g + b_g, r_o + b_o
             if norm_ptr is not None:
                 known = unit_of_cell < H
+                # Here, not before the loop: its registers are those that the product lacks.
+                gains = norm.gains(norm_ptr, unit_of_cell, H)
                 row_turn += 1
                 mean, inverse = norm.moments(
                     (r_i, r_f, r_g, r_o), known, in_batch, row_turn, room, step, spin_limit,

@@ -408,6 +408,8 @@ def _most_cells(problem: _Problem, tier: str, block_b: int) -> float:
         return math.inf
     if _scalar_products(problem):
         return 2 if (tier, problem.direction) == ("single", "forward") else 1
+    if problem.normed and (tier, problem.direction) == ("single", "backward"):
+        return 4  # 8 spill 8 bytes for sm_90 at H=128
     few = TRITON >= (3, 9) and problem.device.arch == "sm_120"  # which has the fewest to spare there
     if tier == "single":
         if few and problem.direction == "backward":
