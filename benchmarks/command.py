@@ -74,6 +74,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--note", default="", help="a remark that goes into every row")
     parser.add_argument(
+        "--calibrate",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="time recurrent kernels on this GPU and fit the constants of the planner's cost model; without FILE "
+        "they go where the planner looks for them",
+    )
+    parser.add_argument(
         "--list", action="store_true", help="show the cases and the implementations, run nothing"
     )
     parser.add_argument(
@@ -91,6 +99,8 @@ def run(args: argparse.Namespace) -> int:
             return _render(args.render, args.output or args.render.parent)
         if args.list:
             return _list(args)
+        if args.calibrate is not None:
+            return _calibrate(args.calibrate)
         return _bench(args)
     except (_UsageError, OSError) as error:
         print(f"tritlstm bench: {error}", file=sys.stderr)
@@ -156,6 +166,23 @@ def _list(args: argparse.Namespace) -> int:
     for provider in PROVIDERS.values():
         state = provider.available(device) or ("" if provider.by_default else "only with --provider")
         print(f"{provider.name:21} {provider.label}" + (f": {state}" if state else ""))
+    return EXIT_OK
+
+
+def _calibrate(asked: str) -> int:
+    from .. import measured, plan
+    from . import calibrate
+
+    try:
+        found, measurement = calibrate.calibrate()
+    except (RuntimeError, ValueError) as error:
+        raise _UsageError(str(error)) from error
+    path = Path(asked) if asked else measured.user_folder() / measured.file_name(measurement.device)
+    measurement.write(path)
+    print(calibrate.report(found, plan.data_sheet(0)))
+    print(path)
+    if asked:
+        print(f"the planner uses it where {measured.VARIABLE} names it")
     return EXIT_OK
 
 

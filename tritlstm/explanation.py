@@ -240,7 +240,7 @@ def _kernels(
         name += f", the first of {layers}" if count < layers else ""
     gemm = plan.gate_gemm(length * batch, sizes["D"], hidden, data.dtype, device, precision)
     tile = f"{gemm.block_m} rows, {gemm.block_n} gates, {gemm.block_k} deep"
-    notes = [f"the product of input and weights in tiles of {tile}"]
+    notes = [f"predictions from {device.constants}", f"the product of input and weights in tiles of {tile}"]
     if way == "pipeline":
         notes.append(f"{chunks} chunks of time: a layer runs on one while the next layer runs on the one before")
     if layers * one_by_one > count:

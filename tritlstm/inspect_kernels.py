@@ -32,11 +32,12 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
-from . import machine_code, plan
+from . import machine_code, measured, plan
 from .kernels.launch import Launch, kernel_function
 from .plan import Device, GemmPlan, RecurrentPlan
 
@@ -440,6 +441,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--explain", action="append", metavar="T,B,D,H",
                         help="only say what bounds a step of this shape, by the cost model and the code; repeatable; "
                              "for --arch (default: sm_90) and --dtype (default: fp16)")  # fmt: skip
+    parser.add_argument("--measured", metavar="FILE",
+                        help="--explain with the constants of this file, which tritlstm bench --calibrate wrote, and "
+                             "on its architecture")  # fmt: skip
     parser.add_argument("--counts", metavar="FILE",
                         help="only write the table of the static gate, tests/kernel_counts.json")  # fmt: skip
 
@@ -569,6 +573,8 @@ def run(args: argparse.Namespace) -> int:
         return _write_counts(args.counts)
     if args.explain:
         return _explain(args)
+    if args.measured:
+        return _refuse("--measured goes with --explain T,B,D,H")
     jobs = args.jobs if args.jobs is not None else len(os.sched_getaffinity(0))
     if jobs < 1:
         return _refuse(f"--jobs must be at least 1, got {jobs}")
@@ -621,14 +627,25 @@ def _explain(args: argparse.Namespace) -> int:
 
     try:
         shapes = [shape_report.parse_shape(text, dtype) for text in args.explain for dtype in args.dtype or ("fp16",)]
+        devices = [plan.DEVICES[arch] for arch in args.arch or ("sm_90",)]
+        if args.measured:
+            devices = [_measured(args)]
     except ValueError as error:
         return _refuse(str(error))
     for shape in shapes:
-        for arch in args.arch or ("sm_90",):
-            device = plan.DEVICES[arch]
+        for device in devices:
             reports = {d: shape_report.report(shape, d, device) for d in ("forward", "backward")}
             print(shape_report.text(shape, device, reports))
     return 0
+
+
+def _measured(args: argparse.Namespace) -> Device:
+    found = measured.read(Path(args.measured))
+    if args.arch not in (None, [found.arch]) or found.arch not in plan.DEVICES:
+        asked = f"asked for {', '.join(args.arch)}" if args.arch else f"known are {', '.join(plan.DEVICES)}"
+        where = f"{found.device} ({found.arch})"
+        raise ValueError(f"{args.measured} was measured on {where}, {asked}; leave --measured out")
+    return found.apply(plan.DEVICES[found.arch])
 
 
 def _refuse(words: str) -> int:

@@ -19,7 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
-from . import emulator
+from . import emulator, measured
 from .kernels import exchange
 from .kernels.launch import Launch
 
@@ -53,7 +53,8 @@ SPIN_LIMIT = 1 << 22
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """Limits and rates of a device, as far as the plan depends on them. Rates are data-sheet values."""
+    """Limits and rates of a device, as far as the plan depends on them. Rates are data-sheet values where nothing was
+    measured."""
 
     name: str
     arch: str
@@ -66,6 +67,7 @@ class Device:
     warp_size: int = 32
     #: Rows that the fast matrix instruction wants (wgmma, tcgen05); 16 where mma.sync or MFMA is meant.
     matrix_rows: int = 16
+    constants: measured.Constants = measured.DATA_SHEET
 
 
 def _table() -> dict[str, Device]:
@@ -88,6 +90,13 @@ DEVICES: Mapping[str, Device] = _table()
 
 @functools.lru_cache(maxsize=64)
 def _cuda_device(index: int) -> Device:
+    device = data_sheet(index)
+    found = measured.find(device)
+    return device if found is None else found.apply(device)
+
+
+def data_sheet(index: int) -> Device:
+    """A CUDA device as the data sheet and the driver describe it."""
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:
         arch = properties.gcnArchName.split(":")[0]
@@ -153,15 +162,7 @@ class StepCost:
         return sum(dataclasses.astuple(self))
 
 
-# Where no source is named: an estimate that waits for a measurement.
-FLAG_US = 0.14  # data that carries its own flag, two blocks on one GPU; see kernels/README.md
-COUNTER_US = 1.00  # counter barrier of 132 blocks on an H100
-L2_LATENCY_US = 0.17  # intercept of "8, 16, 24 KB from L2 to shared memory in 0.30, 0.50, 0.58 µs" (H100)
-SM_L2_BYTES_PER_US = 57e3  # slope of the same
 SHARED_BYTES_PER_CLOCK = 128
-CELL_US = 0.15
-FENCE_US = 0.04  # between the products of two chunks: the wait for the first and a fence
-LAUNCH_US = 5.0
 HOST_LAUNCH_US = 30.0  # what Python takes for one
 #: Steps of a chunk of a pipeline of layers, at least.
 SHORTEST_CHUNK = 16
@@ -502,7 +503,7 @@ _NO_COST = StepCost(0, 0, 0, 0, 0, 0, 0, 0)
 
 def _cost(problem: _Problem, plan: RecurrentPlan) -> StepCost:
     """The cost model; kernels/README.md derives every line."""
-    device, element = problem.device, problem.element
+    device, element, known = problem.device, problem.element, problem.device.constants
     blocks = plan.n_blocks * plan.n_groups * plan.at_once
     waves = math.ceil(blocks / device.sms)
     blocks = min(blocks, device.sms)
@@ -525,29 +526,30 @@ def _cost(problem: _Problem, plan: RecurrentPlan) -> StepCost:
     copy = (
         0.0
         if plan.tier == "single"
-        else receptions * L2_LATENCY_US
-        + max(read / SM_L2_BYTES_PER_US, blocks * read / device.l2_bytes_per_us)
+        else receptions * known.l2_latency_us
+        + max(read / known.sm_l2_bytes_per_us, blocks * read / device.l2_bytes_per_us)
     )
     parts = 0.0
     if plan.parts > 1:
         taken = plan.parts * plan.block_h * rows * 8  # 64-bit words
-        parts = FLAG_US + L2_LATENCY_US + max(taken / SM_L2_BYTES_PER_US, blocks * taken / device.l2_bytes_per_us)
+        copied = max(taken / known.sm_l2_bytes_per_us, blocks * taken / device.l2_bytes_per_us)
+        parts = known.flag_us + known.l2_latency_us + copied
     if problem.normed and plan.tier != "single":
         # Twice two numbers a row from every block.
         taken = -(-padded(problem.hidden) // plan.block_h) * 2 * rows * 8
-        copied = max(taken / SM_L2_BYTES_PER_US, blocks * taken / device.l2_bytes_per_us)
-        parts += 2 * (FLAG_US + L2_LATENCY_US + copied)
+        copied = max(taken / known.sm_l2_bytes_per_us, blocks * taken / device.l2_bytes_per_us)
+        parts += 2 * (known.flag_us + known.l2_latency_us + copied)
     left = (1.0 - share) * weight_bytes
-    streamed = max(left / SM_L2_BYTES_PER_US, blocks * left / device.l2_bytes_per_us)
-    hand_off = {"none": 0.0, "counter": COUNTER_US, "flag": FLAG_US}[plan.protocol]
-    cell = CELL_US + rows * plan.block_h * 4e-5 / plan.num_warps
+    streamed = max(left / known.sm_l2_bytes_per_us, blocks * left / device.l2_bytes_per_us)
+    hand_off = {"none": 0.0, "counter": known.counter_us, "flag": known.flag_us}[plan.protocol]
+    cell = known.cell_us + rows * plan.block_h * 4e-5 / plan.num_warps
     prefill = 0.0
     if plan.protocol == "flag":
         prefill = rows * plan.n_groups * plan.at_once * depth * element / device.memory_bytes_per_us
     if plan.stacked:  # what the layer below or above has is read and multiplied too
         copy, matrix, shared = 2 * copy, 2 * matrix, 2 * shared
-    launch = LAUNCH_US if plan.tier == "step" and not problem.one_step else 0.0
-    weights = max(matrix, shared) + FENCE_US * plan.chunks * (2 if plan.stacked else 1)
+    launch = known.launch_us if plan.tier == "step" and not problem.one_step else 0.0
+    weights = max(matrix, shared) + known.fence_us * plan.chunks * (2 if plan.stacked else 1)
     return StepCost(
         hand_off, copy * waves, parts * waves, weights * waves, streamed * waves, cell * waves, launch, prefill
     )

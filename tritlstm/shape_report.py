@@ -109,7 +109,7 @@ def report(shape: Shape, direction: str, device: Device, compiled: bool = True) 
     memory_bytes = shape.B * (2 * gates + cells + h if direction == "forward" else 2 * gates + 2 * cells + h)
     multiply_adds = 4 * shape.B * shape.H * shape.H
     rate = device.fma_per_clock * (1.0 if element == 2 else 0.5) * device.clock_ghz * 1e3 * device.sms
-    hand_off = 0.0 if p.protocol == "none" else plan.FLAG_US
+    hand_off = 0.0 if p.protocol == "none" else device.constants.flag_us
     floor = max(memory_bytes / device.memory_bytes_per_us, multiply_adds / rate) + hand_off
     return Report(p, l2_bytes, memory_bytes, multiply_adds, floor, counts(p, device) if compiled else {})
 
@@ -168,7 +168,10 @@ def text(shape: Shape, device: Device, reports: dict[str, Report]) -> str:
         for name in COUNTED:
             add(f"{name.replace('_', ' ')} in loops", [r.counts["loop"][name] for r in found])
     width = [max(len(name) for name, _ in rows)] + [max(len(v[i]) for _, v in rows) for i in range(len(found))]
-    lines = [f"{shape} on {device.name} ({device.arch}); predicted, not measured"]
+    lines = [
+        f"{shape} on {device.name} ({device.arch}); predicted, not measured",
+        f"predictions from {device.constants}",
+    ]
     for name, values in rows:
         lines.append("  ".join([name.ljust(width[0]), *(v.rjust(w) for v, w in zip(values, width[1:], strict=True))]))
     return "\n".join(lines)
