@@ -45,6 +45,9 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 #: Kinds of machine code, and the architecture each is compiled for. PTX of sm_80 is for devices later than these: the
 #: driver compiles it. (PTX that Triton makes for sm_90 and later is of that architecture alone.)
 FAMILIES = {**{arch: arch for arch in DEVICES if arch.startswith("sm_")}, "ptx": "sm_80"}
+#: Architectures for which Triton writes the same PTX, up to the target's name, as for another: a kernel that both have
+#: is translated once and then assembled for each, which takes a fifth of the time.
+SAME_PTX = {"sm_86": "sm_80", "sm_89": "sm_80"}
 #: The batch sizes whose plans are built: one of the smallest tiles, one that fills the device.
 BATCHES = (16, 128)
 #: Two pointers that Triton appends to every kernel's parameters; zero here, since no kernel uses them.
@@ -245,28 +248,17 @@ def compile_kernel(kernel: Kernel) -> Image:
         ImageError: its parameters, its shared memory or its scratch are not what the C side takes them for.
     """
     import triton
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     launch, arch = kernel.launch, kernel.arch
     types, constants, attributes = signature(launch)
     source = ASTSource(kernel_function(launch.kernel), types, constexprs=constants, attrs=attributes)
-    options: dict[str, Any] = {**launch.options, "enable_fp_fusion": True}
-    if arch == "sm_80":
-        options["ptx_version"] = PTX_VERSION
     with triton.knobs.compilation.scope():
-        # Four times smaller, and no path of this machine inside.
-        triton.knobs.compilation.disable_line_info = True
-        target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-        compiled = triton.compile(source, target=target, options=options)
+        triton.knobs.compilation.disable_line_info = NO_LINES
+        compiled = triton.compile(source, target=_target(arch), options=_options(kernel))
     metadata, ptx = compiled.metadata, compiled.asm["ptx"]
     check_parameters(launch, ptx)
-    limit = DEVICES[arch].shared_bytes
-    if metadata.shared > limit:
-        raise ImageError(
-            f"{launch.kernel} for {arch} needs {metadata.shared} bytes of shared memory, but a block has {limit}: "
-            f"{kernel.plan.describe() if kernel.plan else launch.constants}"
-        )
+    _check_shared(kernel, metadata.shared)
     scratch = getattr(metadata, "global_scratch_size", 0), getattr(metadata, "profile_scratch_size", 0)
     if any(scratch) or metadata.num_warps != launch.num_warps or metadata.name != launch.kernel:
         raise ImageError(
@@ -274,6 +266,51 @@ def compile_kernel(kernel: Kernel) -> Image:
             "scratch, which the C side does not give"
         )
     return Image(compiled.asm["cubin"], ptx.encode(), metadata.shared)
+
+
+#: Without line information code is four times smaller and has no path of this machine inside.
+NO_LINES = True
+
+
+def _target(arch: str) -> Any:
+    from triton.backends.compiler import GPUTarget
+
+    return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+
+
+def _options(kernel: Kernel) -> dict[str, Any]:
+    options: dict[str, Any] = {**kernel.launch.options, "enable_fp_fusion": True}
+    if SAME_PTX.get(kernel.arch, kernel.arch) == FAMILIES["ptx"]:
+        options["ptx_version"] = PTX_VERSION
+    return options
+
+
+def _check_shared(kernel: Kernel, found: int) -> None:
+    limit = DEVICES[kernel.arch].shared_bytes
+    if found > limit:
+        raise ImageError(
+            f"{kernel.launch.kernel} for {kernel.arch} needs {found} bytes of shared memory, but a block has {limit}: "
+            f"{kernel.plan.describe() if kernel.plan else kernel.launch.constants}"
+        )
+
+
+def assemble(image: Image, kernel: Kernel) -> Image:
+    """``image``, whose architecture is one of :data:`SAME_PTX` with that of ``kernel``, for the latter.
+
+    Raises:
+        ImageError: its shared memory is more than the architecture has.
+    """
+    import triton
+    from triton.compiler import make_backend
+
+    _check_shared(kernel, image.shared_bytes)
+    target = _target(kernel.arch)
+    backend = make_backend(target)
+    ptx = re.sub(r"\.target sm_\d+", f".target {kernel.arch}", image.ptx.decode())
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.disable_line_info = NO_LINES
+        code = backend.make_cubin(ptx, {}, backend.parse_options(_options(kernel)), target.arch)
+    return Image(code, ptx.encode(), image.shared_bytes)
 
 
 def check_parameters(launch: Launch, ptx: str) -> None:
@@ -301,8 +338,11 @@ def _listed(selection: Selection) -> list[Kernel]:
     return kernels(selection)
 
 
-def _compile_listed(selection: Selection, index: int) -> Image:
-    return compile_kernel(_listed(selection)[index])
+def _compile_listed(selection: Selection, indices: tuple[int, ...]) -> list[Image]:
+    """Kernels of one PTX."""
+    first, *others = (_listed(selection)[index] for index in indices)
+    image = compile_kernel(first)
+    return [image, *(assemble(image, kernel) for kernel in others)]
 
 
 def compile_all(
@@ -310,30 +350,32 @@ def compile_all(
 ) -> list[tuple[Kernel, Image]]:
     """Compiles a selection in ``jobs`` processes (default: one a processor). PTX is compiled with sm_80, once."""
     listed = _listed(selection)
-    firsts: dict[tuple, int] = {}
-    keys = [(kernel.arch, *kernel.key) for kernel in listed]
-    for index, key in enumerate(keys):
-        firsts.setdefault(key, index)
-    wanted = list(firsts.values())
+    groups: dict[tuple, dict[str, int]] = {}  # by what decides the PTX: of each architecture the first kernel
+    places = []
+    for index, kernel in enumerate(listed):
+        group = groups.setdefault((SAME_PTX.get(kernel.arch, kernel.arch), *kernel.key), {})
+        places.append(group.setdefault(kernel.arch, index))
+    wanted = [tuple(group.values()) for group in groups.values()]
+    total = len(set(places))
     # A process takes as long to start as a handful of kernels to compile.
-    jobs = min(jobs or os.cpu_count() or 1, 1 + len(wanted) // 64)
+    jobs = min(jobs or os.cpu_count() or 1, 1 + total // 64)
     images: dict[int, Image] = {}
 
-    def keep(index: int, image: Image) -> None:
-        images[index] = image
+    def keep(indices: tuple[int, ...], found: list[Image]) -> None:
+        images.update(zip(indices, found, strict=True))
         if progress is not None:
-            progress(len(images), len(wanted))
+            progress(len(images), total)
 
     if jobs <= 1:
-        for index in wanted:
-            keep(index, _compile_listed(selection, index))
+        for indices in wanted:
+            keep(indices, _compile_listed(selection, indices))
     else:
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(jobs, context) as pool:
-            running = {pool.submit(_compile_listed, selection, index): index for index in wanted}
+            running = {pool.submit(_compile_listed, selection, indices): indices for indices in wanted}
             for done in concurrent.futures.as_completed(running):
                 keep(running[done], done.result())
-    return [(kernel, images[firsts[key]]) for kernel, key in zip(listed, keys, strict=True)]
+    return [(kernel, images[place]) for kernel, place in zip(listed, places, strict=True)]
 
 
 # -- the cost model, as coefficients -------------------------------------------------------------------------------

@@ -107,8 +107,7 @@ def compiler(command: str | None = None) -> list[str]:
     words = shlex.split(command or os.environ.get("CC") or "cc")
     if not words or shutil.which(words[0]) is None:
         raise BuildError(
-            f"no C compiler {' '.join(words)!r}: install one (Debian and Ubuntu: apt install gcc) "
-            "or name it with --cc"
+            f"no C compiler {' '.join(words)!r}: install one (Debian and Ubuntu: apt install gcc) or name it with --cc"
         )
     return words
 
@@ -174,9 +173,7 @@ def link_libpython(cc: list[str], archives: list[Path], output: Path) -> None:
         "pyenv, PYTHON_CONFIGURE_OPTS=--enable-shared pyenv install; conda's and uv's have it"
     )
     if not archives:
-        raise BuildError(
-            f"Python {version} at {sys.base_prefix} has neither a shared nor a static libpython. {remedy}"
-        )
+        raise BuildError(f"Python {version} at {sys.base_prefix} has neither a shared nor a static libpython. {remedy}")
     variables = [sysconfig.get_config_var(name) or "" for name in ("LIBS", "SYSLIBS", "MODLIBS")]
     libraries = dict.fromkeys(shlex.split(" ".join(variables)))
     errors = []
@@ -188,9 +185,7 @@ def link_libpython(cc: list[str], archives: list[Path], output: Path) -> None:
         if error is None:
             return
         errors.append("\n".join(error.splitlines()[:6]))
-    raise BuildError(
-        "\n".join([f"The static libpython of Python {version} can't be shared.", *errors, remedy])
-    )
+    raise BuildError("\n".join([f"The static libpython of Python {version} can't be shared.", *errors, remedy]))
 
 
 def _engine_source(output: Path) -> None:

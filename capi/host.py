@@ -10,10 +10,8 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import struct
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -22,17 +20,14 @@ from tritlstm._version import __version__
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .network import Network, State
+
 ARGUMENT, UNSUPPORTED, MEMORY, BUFFER, STATE, UNAVAILABLE, DEVICE, INTERNAL = 1, 2, 4, 8, 9, 10, 11, 13
 SUCCESS = 0x600D  # what the C side takes for success: cffi returns 0 where Python never came up
 CPU, CUDA = 1, 2
 UNIFORM = 1
 
-# What forward leaves in a reserve: that it ran, on which handle and sizes. Backward runs the forward again
-# under autograd, which knows every option and on the CPU was faster than keeping the gates and walking back
-# over them (one core of an AMD EPYC, torch 2.13.0: 4.2 ms against 7.5 at T=32, B=8, H=64; 268 against 435 at
-# T=100, B=32, H=256).
-MARK = struct.Struct("<8sQqqq")
-MAGIC = b"tritlstm"
+# The mark of network.py, and room to let it grow.
 RESERVE_BYTES = 64
 
 
@@ -96,151 +91,6 @@ def status_of(error: BaseException) -> int:
     return INTERNAL
 
 
-class Network:
-    """One ``tritlstm`` handle: a module and how to see a caller's memory as its tensors."""
-
-    def __init__(self, ffi: Any, identity: int, o: Any) -> None:
-        import torch
-
-        import tritlstm
-
-        self.ffi = ffi
-        self.identity = identity
-        self.batch_first = bool(o.batch_first)
-        self.dtype = {1: torch.float32, 2: torch.float16, 3: torch.bfloat16, 4: torch.float64}[o.dtype]
-        self.device = self._device(o.device, o.device_index)
-        self.module = torch.nn.utils.skip_init(
-            tritlstm.LSTM,
-            o.input_size,
-            o.hidden_size,
-            o.num_layers,
-            bias=bool(o.bias),
-            batch_first=self.batch_first,
-            bidirectional=bool(o.bidirectional),
-            proj_size=o.proj_size,
-            device=self.device,
-            dtype=self.dtype,
-        )
-        self.module.flatten_parameters()
-        self.weights: list[Tensor] = list(self.module.parameters())
-        self.rows = o.num_layers * (1 + o.bidirectional)
-        self.width = o.proj_size or o.hidden_size
-
-    @staticmethod
-    def _device(kind: int, index: int) -> Any:
-        import torch
-
-        if kind == CPU:
-            return torch.device("cpu")
-        if not torch.cuda.is_available():
-            reason = "without CUDA" if torch.version.cuda is None else "with CUDA, but no device is visible"
-            raise HostError(DEVICE, f"no CUDA device: torch {torch.__version__} was built {reason}")
-        if index >= torch.cuda.device_count():
-            count = torch.cuda.device_count()
-            raise HostError(DEVICE, f"device_index is {index}, but there are {count} CUDA devices")
-        return torch.device("cuda", index)
-
-    @contextmanager
-    def on(self, stream: Any) -> Iterator[None]:
-        """Work inside is enqueued on the caller's CUDA stream; NULL is the default stream."""
-        if self.device.type == "cpu":
-            yield
-            return
-        import torch
-
-        address = int(self.ffi.cast("uintptr_t", stream))
-        with torch.cuda.device(self.device):
-            if address:
-                chosen: Any = torch.cuda.ExternalStream(address, device=self.device)
-            else:
-                chosen = torch.cuda.default_stream(self.device)
-            with torch.cuda.stream(chosen):
-                yield
-
-    def view(self, pointer: Any, *shape: int, dtype: Any = None, device: Any = None) -> Tensor:
-        """The caller's memory at ``pointer`` as a dense tensor of ``shape``."""
-        import torch
-
-        dtype = dtype or self.dtype
-        device = device or self.device
-        elements = 1
-        for extent in shape:
-            elements *= extent
-        if device.type == "cpu":
-            memory = self.ffi.buffer(self.ffi.cast("char *", pointer), elements * dtype.itemsize)
-            return torch.frombuffer(memory, dtype=dtype).view(shape)
-        # The array interface knows no bfloat16: pass the bits as integers and look at them as what they are.
-        integers = {2: "<i2", 4: "<i4", 8: "<i8"}[dtype.itemsize]
-        address = int(self.ffi.cast("uintptr_t", pointer))
-        interface = {"shape": (elements,), "typestr": integers, "data": (address, False), "version": 3}
-        return torch.as_tensor(_CudaArray(interface), device=device).view(dtype).view(shape)
-
-    def side(self, device: int) -> Any:
-        """The torch device of a copy's other side."""
-        import torch
-
-        return torch.device("cpu") if device == CPU else self.device
-
-    def x_view(self, pointer: Any, steps: int, batch: int, width: int) -> Tensor:
-        shape = (batch, steps, width) if self.batch_first else (steps, batch, width)
-        return self.view(pointer, *shape)
-
-    def state(self, pointer: Any, batch: int, width: int) -> Tensor:
-        """[L * P, B, width]: the caller's, or zeros where that is NULL."""
-        import torch
-
-        if pointer != self.ffi.NULL:
-            return self.view(pointer, self.rows, batch, width)
-        return torch.zeros(self.rows, batch, width, dtype=self.dtype, device=self.device)
-
-    def inputs(self, a: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """x, h0, c0 and lengths of a forward's or backward's arguments."""
-        import torch
-
-        x = self.x_view(a.x, a.steps, a.batch, self.module.input_size)
-        h0 = self.state(a.h0, a.batch, self.width)
-        c0 = self.state(a.c0, a.batch, self.module.hidden_size)
-        lengths = None
-        if a.lengths != self.ffi.NULL:
-            lengths = self.view(a.lengths, a.batch, dtype=torch.int32)
-            if self.device.type != "cpu":
-                lengths = lengths.clamp(0, a.steps)
-        return x, h0, c0, lengths
-
-    def run(self, x: Tensor, h0: Tensor, c0: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """out, h_n, c_n; recorded by autograd where that is on."""
-        if lengths is None:
-            out, (h_n, c_n) = self.module(x, (h0, c0))
-            return out, h_n, c_n
-        from tritlstm.functional import Options, run_layers
-
-        m = self.module
-        sizes = (m.input_size, m.hidden_size, m.proj_size, m.num_layers)
-        options = Options(*sizes, m.bias, False, 0.0, False, m.bidirectional)
-        if self.batch_first:
-            x = x.transpose(0, 1)
-        out, h_n, c_n = run_layers(x, lengths, (h0, c0), self.weights, options)
-        return out.transpose(0, 1) if self.batch_first else out, h_n, c_n
-
-    def mark(self, a: Any) -> bytes:
-        return MARK.pack(MAGIC, self.identity, a.steps, a.batch, int(a.lengths != self.ffi.NULL))
-
-
-class _CudaArray:
-    def __init__(self, interface: dict[str, Any]) -> None:
-        self.__cuda_array_interface__ = interface
-
-
-class State:
-    """One ``tritlstm_state`` handle: h [L, B, R] and c [L, B, H]."""
-
-    def __init__(self, network: Network, batch: int) -> None:
-        self.network = network
-        self.batch = batch
-        self.h = network.state(network.ffi.NULL, batch, network.width)
-        self.c = network.state(network.ffi.NULL, batch, network.module.hidden_size)
-
-
 class Host:
     """The functions of ``src/engine.h``; they raise instead of returning a status."""
 
@@ -251,9 +101,7 @@ class Host:
         self.networks: dict[int, Network] = {}
         self.states: dict[int, State] = {}
 
-    def failed(
-        self, kind: type[BaseException], error: BaseException | None, trace: TracebackType | None
-    ) -> int:
+    def failed(self, kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> int:
         """cffi calls this with whatever a method raised, SystemExit included."""
         try:
             error = kind() if error is None else error
@@ -281,30 +129,30 @@ class Host:
     def create(self, options: Any, weights: Any, dtypes: Any, identity: Any) -> None:
         import torch
 
+        from .network import Network
+
         number = next(self.identities)
         network = Network(self.ffi, number, options)
-        with torch.no_grad():
-            if weights != self.ffi.NULL:
-                self._load(network, weights, dtypes)
-            elif options.initial_weights == UNIFORM:
-                generator = torch.Generator().manual_seed(options.seed)
-                bound = 1 / math.sqrt(network.module.hidden_size)  # as torch.nn.LSTM writes it
-                for weight in network.weights:
-                    # Drawn on the CPU in the order of torch.nn.LSTM: the same weights on every device.
-                    drawn = torch.empty(weight.shape, dtype=network.dtype)
-                    weight.copy_(drawn.uniform_(-bound, bound, generator=generator))
-            else:
-                for weight in network.weights:
-                    weight.zero_()
+        if weights != self.ffi.NULL:
+            self._load(network, weights, dtypes)
+        elif options.initial_weights == UNIFORM:
+            generator = torch.Generator().manual_seed(options.seed)
+            bound = 1 / math.sqrt(network.module.hidden_size)  # as torch.nn.LSTM writes it
+            for weight in network.weights:
+                # Drawn on the CPU in the order of torch.nn.LSTM: the same weights on every device.
+                drawn = torch.empty(weight.shape, dtype=network.dtype)
+                weight.copy_(drawn.uniform_(-bound, bound, generator=generator))
+        else:
+            for weight in network.weights:
+                weight.zero_()
         self.networks[number] = network
         identity[0] = number
 
     def _load(self, network: Network, weights: Any, dtypes: Any) -> None:
-        import torch
+        from .network import DTYPES
 
-        names = {1: torch.float32, 2: torch.float16, 3: torch.bfloat16, 4: torch.float64}
         for k, weight in enumerate(network.weights):
-            dtype = network.dtype if dtypes == self.ffi.NULL else names[dtypes[k]]
+            dtype = network.dtype if dtypes == self.ffi.NULL else DTYPES[dtypes[k]]
             weight.copy_(network.view(weights[k], *weight.shape, dtype=dtype, device=network.side(CPU)))
 
     def destroy(self, identity: int) -> None:
@@ -317,10 +165,8 @@ class Host:
         self._copy_weights(identity, weights, device, stream, out=False)
 
     def _copy_weights(self, identity: int, weights: Any, device: int, stream: Any, out: bool) -> None:
-        import torch
-
         network = self.network(identity)
-        with torch.no_grad(), network.on(stream):
+        with network.on(stream):
             for k, weight in enumerate(network.weights):
                 if weights[k] == self.ffi.NULL:
                     continue
@@ -328,28 +174,25 @@ class Host:
                 target, source = (theirs, weight) if out else (weight, theirs)
                 target.copy_(source)
 
-    def sizes(
-        self, identity: int, steps: int, batch: int, training: int, workspace: Any, reserve: Any
-    ) -> None:
+    def sizes(self, identity: int, steps: int, batch: int, training: int, workspace: Any, reserve: Any) -> None:
         self.network(identity)
         workspace[0] = 0
         reserve[0] = RESERVE_BYTES if training else 0
 
     def forward(self, identity: int, a: Any) -> None:
-        import torch
-
         network = self.network(identity)
-        if a.reserve != self.ffi.NULL:
+        null = self.ffi.NULL
+        reserve, h_n, c_n = a.reserve, a.h_n, a.c_n
+        if reserve != null:
             self._check_reserve(a)
-        with torch.no_grad(), network.on(a.stream):
-            x, h0, c0, lengths = network.inputs(a)
-            out, h_n, c_n = network.run(x, h0, c0, lengths)
-            network.x_view(a.out, a.steps, a.batch, out.shape[2]).copy_(out)
-            for pointer, result in ((a.h_n, h_n), (a.c_n, c_n)):
-                if pointer != self.ffi.NULL:
-                    network.view(pointer, *result.shape).copy_(result)
-        if a.reserve != self.ffi.NULL and network.device.type == "cpu":
-            self.ffi.buffer(self.ffi.cast("char *", a.reserve), MARK.size)[:] = network.mark(a)
+        with network.on(a.stream):
+            results = network.run(*network.inputs(a))
+            for pointer, result in zip((a.out, h_n, c_n), results, strict=True):
+                if pointer != null:
+                    network.kept(pointer, *result.shape).copy_(result)
+        if reserve != null and network.on_cpu:
+            mark = network.mark(a)
+            self.ffi.buffer(self.ffi.cast("char *", reserve), len(mark))[:] = mark
 
     def _check_reserve(self, a: Any) -> None:
         if a.reserve_bytes < RESERVE_BYTES:
@@ -363,9 +206,10 @@ class Host:
 
         network = self.network(identity)
         self._check_reserve(a)
-        if network.device.type == "cpu":
-            found = bytes(self.ffi.buffer(self.ffi.cast("char *", a.reserve), MARK.size))
-            if found != network.mark(a):
+        if network.on_cpu:
+            mark = network.mark(a)
+            found = bytes(self.ffi.buffer(self.ffi.cast("char *", a.reserve), len(mark)))
+            if found != mark:
                 raise HostError(
                     STATE,
                     "the reserve was not filled by a forward of this handle with the same steps, batch and "
@@ -373,14 +217,13 @@ class Host:
                 )
         null = self.ffi.NULL
         with torch.enable_grad(), network.on(a.stream):
-            x, h0, c0, lengths = network.inputs(a)
-            for leaf in (x, h0, c0):
-                leaf.requires_grad_()
+            *leaves, lengths = network.inputs(a)
+            x, h0, c0 = (leaf.detach().requires_grad_() for leaf in leaves)
             targets = [(a.grad_x, x), (a.grad_h0, h0), (a.grad_c0, c0)]
             if a.grad_weights != null:
-                targets += [(a.grad_weights[k], weight) for k, weight in enumerate(network.weights)]
+                targets += [(a.grad_weights[k], weight) for k, weight in enumerate(network.parameters)]
             targets = [(pointer, tensor) for pointer, tensor in targets if pointer != null]
-            results = network.run(x, h0, c0, lengths)
+            results = network.run(x, h0, c0, lengths, recorded=True)
             given = zip((a.grad_out, a.grad_h_n, a.grad_c_n), results, strict=True)
             seeds = [(result, network.view(p, *result.shape)) for p, result in given if p != null]
             wanted = [tensor for _, tensor in targets]
@@ -394,6 +237,8 @@ class Host:
                     theirs.zero_() if gradient is None else theirs.copy_(gradient)
 
     def state_create(self, identity: int, batch: int, state: Any) -> None:
+        from .network import State
+
         number = next(self.identities)
         self.states[number] = State(self.network(identity), batch)
         state[0] = number
@@ -405,7 +250,7 @@ class Host:
         import torch
 
         s = self.state(state)
-        with torch.no_grad(), s.network.on(stream):
+        with s.network.on(stream):
             if rows == self.ffi.NULL:
                 s.h.zero_()
                 s.c.zero_()
@@ -422,10 +267,8 @@ class Host:
         self._copy_state(state, h, c, device, stream, out=False)
 
     def _copy_state(self, state: int, h: Any, c: Any, device: int, stream: Any, out: bool) -> None:
-        import torch
-
         s = self.state(state)
-        with torch.no_grad(), s.network.on(stream):
+        with s.network.on(stream):
             for pointer, ours in ((h, s.h), (c, s.c)):
                 if pointer == self.ffi.NULL:
                     continue
@@ -434,14 +277,7 @@ class Host:
                 target.copy_(source)
 
     def step(self, state: int, x: Any, out: Any, workspace: Any, workspace_bytes: int, stream: Any) -> None:
-        import torch
-
-        s = self.state(state)
-        network = s.network
-        with torch.no_grad(), network.on(stream):
-            seen = network.x_view(x, 1, s.batch, network.module.input_size)
-            result, s.h, s.c = network.run(seen, s.h, s.c, None)
-            network.x_view(out, 1, s.batch, network.width).copy_(result)
+        self.state(state).step(x, out, stream)
 
     def explain(
         self, identity: int, steps: int, batch: int, training: int, text: Any, capacity: int, needed: Any
@@ -461,6 +297,8 @@ class Host:
             f"dtype: {str(network.dtype).removeprefix('torch.')}",
             str(tritlstm.explain(network.module, x)),
         ]
+        if network.steps_are_cells:
+            lines.append("tritlstm_step: torch.lstm_cell, layer by layer")
         if training:
             lines.append("backward: runs the forward again under autograd; the reserve holds only a mark")
         encoded = "\n".join(lines).encode() + b"\0"

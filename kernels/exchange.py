@@ -25,6 +25,12 @@ FLAG = tl.constexpr(2)
 POISON = tl.constexpr(-1)
 #: int32 words between two counters, so that no two groups spin on one cache line.
 COUNTER_STRIDE = tl.constexpr(32)
+#: From a counter's word for even turns to that for odd ones.
+ODD_TURNS = tl.constexpr(16)
+#: About what a turn of a spin takes, for `tl.atomic_poll`, whose limit is a time.
+TURN_NS = tl.constexpr(700)
+#: Whether this Triton has it (3.9 and later).
+HAS_POLL = tl.constexpr(hasattr(tl, "atomic_poll"))
 #: Words of the status record: code, block, group, step.
 STATUS_WORDS = tl.constexpr(4)
 TIMED_OUT = tl.constexpr(1)
@@ -242,14 +248,14 @@ def publish(pointers, words, mask, AMD: tl.constexpr):
 
 
 @triton.jit
-def announce(counter, alive, PROTOCOL: tl.constexpr):
+def announce(counter, step, alive, PROTOCOL: tl.constexpr):
     """Counts this block in, after all its ``publish`` calls of the step.
 
     A block that gave up no longer counts: its turns would pass for those of the block that is missing.
     """
     if PROTOCOL == COUNTER:
         tl.debug_barrier()
-        tl.atomic_add(counter, alive, sem="release", scope="gpu")
+        tl.atomic_add(counter + (step & 1) * ODD_TURNS, alive, sem="release", scope="gpu")
 
 
 @triton.jit
@@ -261,17 +267,31 @@ def _report(status, step):
 
 
 @triton.jit
-def await_count(counter, expected, alive, status, step, spin_limit, PROTOCOL: tl.constexpr):
-    """Waits (``COUNTER`` only) for ``expected`` announcements; returns ``alive``, or 0 if it had to give up."""
+def await_count(
+    counter, n_blocks, turns, alive, status, step, spin_limit, PROTOCOL: tl.constexpr, AHEAD: tl.constexpr = False
+):
+    """Waits (``COUNTER`` only) until ``n_blocks`` blocks have announced ``turns`` steps each.
+
+    Steps take turns between two words: no block announces its next step of the same word before all have seen this
+    one, so the word is waited for to be equal. Not so where the blocks waited for may be ``AHEAD``, another layer's.
+    Returns ``alive``, or 0 if it had to give up.
+    """
     if PROTOCOL == COUNTER:
-        seen = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
-        spins = alive * 0
-        while (seen < expected) & (spins < spin_limit * alive):
-            seen = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
-            spins += 1
-        if (seen < expected) & (alive > 0):
+        word = counter + ((turns + 1) & 1) * ODD_TURNS
+        expected = n_blocks * ((turns + 1) >> 1)
+        if HAS_POLL and not AHEAD:
+            limit = (spin_limit * alive).to(tl.int64) * TURN_NS
+            missing = tl.atomic_poll(word, expected, sem="acquire", scope="gpu", timeout_ns=limit) == 0
+        else:
+            seen = tl.atomic_add(word, 0, sem="acquire", scope="gpu")
+            spins = alive * 0
+            while (seen < expected) & (spins < spin_limit * alive):
+                seen = tl.atomic_add(word, 0, sem="acquire", scope="gpu")
+                spins += 1
+            missing = seen < expected
+        if missing & (alive > 0):
             _report(status, step)
-        alive = tl.where(seen < expected, 0, alive)
+        alive = tl.where(missing, 0, alive)
     return alive
 
 

@@ -27,7 +27,8 @@ def blocks_at_a_time(count, BLOCK_B, WARPS):
     """Of ``count`` blocks, those whose numbers are received together."""
     # A thread holds at most 4 words of 64 bits for each of both numbers; where 8 warps share the tile of cells, 1: with
     # fp32 products on ordinary cores (sm_80, H=1024, backward) 4 make 40 bytes of spills, 2 make 8 (Triton 3.7.1).
-    words = 4 if WARPS <= 4 else 1
+    # Likewise 2 instead of 4 for 128 blocks (sm_90, H=2048, fp16, forward: 8 bytes).
+    words = 1 if WARPS > 4 else 2 if count > 64 else 4
     whole = 1 << (count - 1).bit_length()
     return max(1, min(whole, words * 32 * WARPS // BLOCK_B))
 

@@ -331,7 +331,7 @@ def recurrent_backward(
                         # Ahead of this layer's own gradients, which are a step younger.
                         above = counter + n_tiles * exchange.COUNTER_STRIDE
                         alive = exchange.await_count(
-                            above, n_blocks * (step + 1), alive, status_ptr, step, spin_limit, PROTOCOL
+                            above, n_blocks, step + 1, alive, status_ptr, step, spin_limit, PROTOCOL, AHEAD=True
                         )
                         above_words = grad_gates_words + 4 * HX // WORD + (t.to(tl.int64) * B + b) * (4 * ROW // WORD)
                         from_above = _from_above(
@@ -339,7 +339,7 @@ def recurrent_backward(
                             spin_limit, dtype, RESIDENT, POLL, DEPTH, ROWS, BLOCK_B, BLOCK_K, PROTOCOL, AMD, WARPS,
                             PRECISION,
                         )  # fmt: skip
-                alive = exchange.await_count(counter, n_blocks * step, alive, status_ptr, step, spin_limit, PROTOCOL)
+                alive = exchange.await_count(counter, n_blocks, step, alive, status_ptr, step, spin_limit, PROTOCOL)
                 # In the first step nobody has a gradient to pass on: what is read instead is not used.
                 first_step = step == 0
                 source = tl.where(first_step, t, t_later).to(tl.int64) * B + b
@@ -462,7 +462,7 @@ def recurrent_backward(
                     own_g.to(tl.int32, bitcast=True), own_o.to(tl.int32, bitcast=True),
                 )  # fmt: skip
             exchange.publish(words_at, words, stored, AMD)
-            exchange.announce(counter, alive, PROTOCOL)
+            exchange.announce(counter, step, alive, PROTOCOL)
 
         tl.store(grad_c_ptr + state, dc, mask=inside)
         if ZONEOUT_H > 0:

@@ -165,7 +165,6 @@ def recurrent_forward(
         peephole = cell.peephole_weights(peephole_ptr, unit_of_cell, H)
 
     if norm_ptr is not None:
-        gains = norm.gains(norm_ptr, unit_of_cell, H)
         row_turn = tl.full((), 0, tl.int32)
         room = None
         if not SINGLE:
@@ -252,14 +251,14 @@ def recurrent_forward(
                         # Ahead of this layer's own h, which is a step younger.
                         below = counter - n_tiles * exchange.COUNTER_STRIDE
                         alive = exchange.await_count(
-                            below, n_blocks * (step + 1), alive, status_ptr, step, spin_limit, PROTOCOL
+                            below, n_blocks, step + 1, alive, status_ptr, step, spin_limit, PROTOCOL, AHEAD=True
                         )
                         below_words = exchange_words - HX // WORD + (t.to(tl.int64) * B + b) * (ROW // WORD)
                         acc = _add_below(
                             acc, below_weights, tl.multiple_of(below_words, 16), counter_ptr, status_ptr, step,
                             spin_limit, dtype, RESIDENT, POLL, HX, BLOCK_B, BLOCK_K, PROTOCOL, AMD, WARPS, PRECISION,
                         )  # fmt: skip
-                alive = exchange.await_count(counter, n_blocks * step, alive, status_ptr, step, spin_limit, PROTOCOL)
+                alive = exchange.await_count(counter, n_blocks, step, alive, status_ptr, step, spin_limit, PROTOCOL)
                 previous_rows = exchange_words + (t_previous.to(tl.int64) * B + b) * (ROW // WORD)
                 # h0 is nobody's to deliver, and may hold any NaN.
                 fresh = tl.zeros((BLOCK_B,), tl.int1) | (step == 0)
@@ -309,6 +308,8 @@ def recurrent_forward(
                 r_i, r_f, r_g, r_o = r_i + b_i, r_f + b_f, r_g + b_g, r_o + b_o
             if norm_ptr is not None:
                 known = unit_of_cell < H
+                # Here, not before the loop: its registers are those that the product lacks.
+                gains = norm.gains(norm_ptr, unit_of_cell, H)
                 row_turn += 1
                 mean, inverse = norm.moments(
                     (r_i, r_f, r_g, r_o), known, in_batch, row_turn, room, step, spin_limit,
@@ -370,7 +371,7 @@ def recurrent_forward(
                     exchange.publish(words_at + pair_of_cell, (exchange.pack_words(low, high),), stored_pairs, AMD)
                 else:
                     exchange.publish(words_at + unit_of_cell, (sent.to(tl.int32, bitcast=True),), stored, AMD)
-                exchange.announce(counter, alive, PROTOCOL)
+                exchange.announce(counter, step, alive, PROTOCOL)
             if STACKED:
                 tl.store(out_ptr + row * H + unit_of_cell, result, mask=inside & (chain == CHAINS - 1))
             elif SINGLE or SEPARATE_OUT:

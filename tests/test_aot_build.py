@@ -128,6 +128,27 @@ def test_ptx_for_later_devices_is_of_the_oldest_architecture() -> None:
     assert ".version 8.0\n" in ptx
 
 
+@pytest.mark.timeout(600)
+def test_code_assembled_from_the_ptx_of_another_architecture_is_its_own() -> None:
+    """Of every kernel and dtype, at a size where all tiers occur."""
+    selection = aot.parse("sm_80,sm_86,sm_89,H256,H1024")
+    groups: dict[tuple, dict[str, aot.Kernel]] = {}
+    for kernel in aot.kernels(selection):
+        groups.setdefault(kernel.key, {}).setdefault(kernel.arch, kernel)
+    kinds: dict[tuple, dict[str, aot.Kernel]] = {}
+    for group in groups.values():
+        (first, *others) = group.values()
+        if others:
+            kinds.setdefault((first.launch.kernel, first.dtype, first.plan and first.plan.tier), group)
+    assert {tier for _, _, tier in kinds} >= {"step", "persistent", "streaming", None}
+    for group in kinds.values():
+        (first, *others) = group.values()
+        image = aot.compile_kernel(first)
+        for other in others:
+            own, found = aot.compile_kernel(other), aot.assemble(image, other)
+            assert found == own
+
+
 def test_an_argument_that_the_engine_does_not_know_fails_to_compile() -> None:
     known = (build.SOURCE / "src" / "cuda_kernels.h").read_text()
     for kernel in aot.kernels(aot.parse("sm_90,sm_80,H32,H256")):

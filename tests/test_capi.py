@@ -54,10 +54,11 @@ from torch import Tensor, nn
 
 import tritlstm
 from tritlstm import reference
-from tritlstm.capi import build, host
+from tritlstm.capi import build, host, network
 
 # torch says so once for each process; the C library is silent.
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+
 
 @pytest.fixture(scope="module", params=list(build.NAMES))
 def lib(request) -> Any:
@@ -73,6 +74,7 @@ def c(lib) -> Library:
 
 
 # -- values -------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_outputs_and_every_gradient_match_torch(c, case):
@@ -178,6 +180,52 @@ def test_steps_carry_the_state_and_give_the_sequences_outputs(c):
     torch.testing.assert_close(out, begun[0], rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("layers", "bias", "proj"), [(1, True, 0), (2, False, 0), (3, True, 0), (1, True, 4)])
+def test_steps_of_every_dtype_from_changing_arrays(c, dtype, layers, bias, proj):
+    """Against float64; a host may pass the same arrays each time, with other numbers in them, or new ones."""
+    problem = Problem((layers, False, bias, proj, False, dtype, False), 7)
+    base, own = problem.torch(torch.float64), problem.torch(problem.dtype)
+    lstm = c.create(pointers(list(problem.module.parameters())), **problem.options())
+    state = ffi.new("tritlstm_state **")
+    c.state_create(lstm, B, state)
+    handle = ffi.gc(state[0], c.lib.tritlstm_state_destroy)
+    c.state_set(handle, pointer(problem.h0), pointer(problem.c0), CPU, NULL)
+    workspace, _ = c.scratch(lstm, 1, B, False)
+    scratch = (workspace.pointer, workspace.size) if workspace.size else (NULL, 0)
+    x, out = torch.empty_like(problem.x[0]), torch.empty_like(problem.grads[0][0])
+    outs = []
+    for t in range(7):
+        if t < 4:
+            x.copy_(problem.x[t])
+        else:
+            x, out = problem.x[t].clone(), torch.full_like(out, math.nan)
+        c.step(handle, pointer(x), pointer(out), *scratch, NULL)
+        outs.append(out.clone())
+    h, c_ = torch.empty_like(problem.h0), torch.empty_like(problem.c0)
+    c.state_get(handle, pointer(h), pointer(c_), CPU, NULL)
+    found = {"out": torch.stack(outs), "h_n": h, "c_n": c_}
+    found = {name: value.double().numpy() for name, value in found.items()}
+    assert_within_budget(found, {name: base[name] for name in found}, own, problem.dtype)
+
+
+@PYTHON
+def test_views_of_arrays_do_not_pile_up_and_keep_to_their_sizes(c):
+    """One array as the input of several sizes, and more arrays than are kept."""
+    problem = Problem((1, False, True, 0, False, "float32", False), 8)
+    lstm = c.create(pointers(list(problem.module.parameters())), **problem.options())
+    whole = torch.empty_like(problem.grads[0])
+    c.forward(lstm, make_forward(c, problem.x, whole))
+    for steps in (1, 8, 3):
+        out = torch.empty(steps, B, H)
+        c.forward(lstm, make_forward(c, problem.x[:steps], out))
+        torch.testing.assert_close(out, whole[:steps], rtol=1e-6, atol=1e-7)
+    many = [(problem.x.clone(), torch.empty_like(whole)) for _ in range(network.VIEWS)]
+    for x, out in many:
+        c.forward(lstm, make_forward(c, x, out))
+        assert torch.equal(out, whole)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_seeds_give_pytorchs_own_initial_weights(c, dtype):
     torch.manual_seed(11)
@@ -257,7 +305,7 @@ def test_explain_names_engine_device_and_path(c):
     parts = [f"engine: {c.engine}, tritlstm {tritlstm.__version__}", "dtype: float32"]
     if c.engine == "python":
         parts += [f"torch {torch.__version__}"]
-        parts += [str(tritlstm.explain(tritlstm.LSTM(D, H), torch.zeros(T, B, D)))]
+        parts += [str(tritlstm.explain(tritlstm.LSTM(D, H), torch.zeros(T, B, D))), "tritlstm_step: torch.lstm_cell"]
     else:
         workspace, reserve = c.scratch(lstm, T, B, True)
         parts += ["path: host path, C on the calling thread", "because options.device is TRITLSTM_CPU"]
@@ -544,9 +592,7 @@ def test_bad_weights_and_states_are_refused(c, lib):
     weights = [torch.zeros(4 * H, D), torch.zeros(4 * H, H), torch.zeros(4 * H), torch.zeros(4 * H)]
     with refuses(ARGUMENT, "weights[2] (bias_ih_l0) is NULL: give all 4 or none"):
         c.create(pointers([*weights[:2], None, weights[3]]))
-    odd = ffi.new(
-        "void *[]", [pointer(weights[0]), ffi.cast("void *", 6), pointer(weights[2]), pointer(weights[3])]
-    )
+    odd = ffi.new("void *[]", [pointer(weights[0]), ffi.cast("void *", 6), pointer(weights[2]), pointer(weights[3])])
     with refuses(ARGUMENT, "weights[1] (weight_hh_l0) is not aligned to 4 bytes"):
         c.create(odd)
     with refuses(ARGUMENT, "weights is at address 0x6, not a multiple of 4 bytes"):
@@ -649,9 +695,7 @@ FILES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("content", "words"), FILES, ids=lambda value: value[:40] if isinstance(value, str) else ""
-)
+@pytest.mark.parametrize(("content", "words"), FILES, ids=lambda value: value[:40] if isinstance(value, str) else "")
 def test_damaged_files_are_refused(c, tmp_path, content, words):
     (tmp_path / "m").write_bytes(content)
     with refuses(FORMAT, words):
@@ -768,7 +812,7 @@ def test_whatever_python_raises_becomes_a_status(c, monkeypatch, capfd, error, s
     def run(*args: Any) -> None:
         raise error
 
-    monkeypatch.setattr(host.Network, "run", run)
+    monkeypatch.setattr(network.Network, "run", run)
     x, out = torch.zeros(T, B, D), torch.zeros(T, B, H)
     with refuses(status, words):
         c.forward(lstm, make_forward(c, x, out))
@@ -783,7 +827,7 @@ def test_an_error_without_words(c, monkeypatch, capfd):
             raise SystemExit("not even this")
 
     lstm = c.create()
-    monkeypatch.setattr(host.Network, "run", lambda *args: (_ for _ in ()).throw(Silent()))
+    monkeypatch.setattr(network.Network, "run", lambda *args: (_ for _ in ()).throw(Silent()))
     with refuses(INTERNAL, "could not be put into words"):
         c.forward(lstm, make_forward(c, torch.zeros(T, B, D), torch.zeros(T, B, H)))
     assert capfd.readouterr() == ("", "")
@@ -835,8 +879,7 @@ def test_device_pointers_and_a_stream(c, case):
 def test_the_grid_covers_every_option():
     """A reduced grid: of any two options at least three of the four combinations stand in some case."""
     values = [
-        (layers > 1, both, bias, proj > 0, first, lengths)
-        for layers, both, bias, proj, first, _, lengths in CASES
+        (layers > 1, both, bias, proj > 0, first, lengths) for layers, both, bias, proj, first, _, lengths in CASES
     ]
     for one, two in itertools.combinations(range(6), 2):
         seen = {(value[one], value[two]) for value in values}

@@ -10,16 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aot_world import make_standin
 from capi_harness import shared_build
 from safetensors.torch import save_file
 from torch import nn
 
-from tritlstm.capi import build
+from tritlstm.capi import aot, build
 
 TESTS = Path(__file__).resolve().parent
 SOURCES = [build.SOURCE / "src" / name for name in (*build.COMMON, *build.HOST, "cuda_absent.c")]
 FLAGS = ["-std=c11", "-g", "-O1", "-Wall", "-Wextra", "-Werror", "-ffp-contract=fast"]
 FLAGS += [f"-I{build.SOURCE}/include", f"-I{build.SOURCE}/src"]
+#: Some kernels' address layout is too random for older thread sanitizers.
+UNRANDOMISED = ["setarch", "-R"] if shutil.which("setarch") else []
 TARGETS = {"safetensors_reader": ["safetensors.c"], "argument_checks": ["front.c", "safetensors.c"]}
 TARGETS["load_file"] = TARGETS["argument_checks"]
 
@@ -35,14 +38,19 @@ def compile_(target: Path, *words: Any) -> Path:
     return target
 
 
-def sanitized(folder: Path, sanitizer: str, *words: Any) -> Path:
-    """Compiles with a sanitizer, or skips where the compiler has no library for it."""
+def sanitizer_flags(folder: Path, sanitizer: str) -> list[str]:
+    """Skips the test where the compiler has no library for it."""
     (folder / "empty.c").write_text("int main(void) { return 0; }")
     flags = [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
     command = [*build.compiler(), *flags, folder / "empty.c", "-o", folder / "empty"]
     if run(*command).returncode or run(folder / "empty").returncode:
         pytest.skip(f"this compiler has no -fsanitize={sanitizer} (Debian: apt install libgcc-12-dev)")
-    return compile_(folder / "program", *flags, *words, "-pthread", "-lm")
+    return flags
+
+
+def sanitized(folder: Path, sanitizer: str, *words: Any) -> Path:
+    """Compiles with a sanitizer."""
+    return compile_(folder / "program", *sanitizer_flags(folder, sanitizer), *words, "-pthread", "-lm")
 
 
 @pytest.fixture(scope="module")
@@ -95,10 +103,39 @@ def test_address_and_undefined_behaviour_sanitizers_find_nothing(model, tmp_path
 def test_the_thread_sanitizer_finds_no_race(model, tmp_path):
     words = [*FLAGS, "-DTRITLSTM_HOST_LEVEL=0", TESTS / "capi_hosts/exercise.c", *SOURCES]  # quick to compile
     program = sanitized(tmp_path, "thread", *words)
-    command = [program, "threads", model]
-    if shutil.which("setarch"):  # some kernels' address layout is too random for older sanitizers
-        command = ["setarch", "-R", *command]
-    succeeded(run(*command), "threads: all agree")
+    succeeded(run(*UNRANDOMISED, program, "threads", model), "threads: all agree")
+
+
+CUDA = [build.SOURCE / "src" / f"cuda_{name}.c" for name in ("driver", "engine", "inflate", "plan")]
+
+
+def cuda_threads(folder: Path, *changed: Path) -> subprocess.CompletedProcess[str]:
+    """Runs the host of many threads on the stand-in driver, with ``changed`` files in the place of those so named."""
+    standin = make_standin(folder / "standin.so", *sanitizer_flags(folder, "thread"), "-g")
+    names = {path.name for path in changed} | {"cuda_absent.c"}
+    sources = [path for path in (*SOURCES, *CUDA) if path.name not in names]
+    words = [*FLAGS, "-DTRITLSTM_HOST_LEVEL=0", f'-DTRITLSTM_LIBCUDA="{standin}"']
+    words += [TESTS / "capi_hosts/cuda_threads.c", *sources, *changed, *aot.sources(folder, "sm_90,fp16,H32,step", 1)]
+    program = sanitized(folder, "thread", *words, standin, "-ldl")
+    return run(*UNRANDOMISED, program)
+
+
+def test_the_thread_sanitizer_finds_no_race_on_cuda_devices(tmp_path):
+    done = cuda_threads(tmp_path)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+    assert done.stdout == "8 threads on 2 devices: nothing is left\n"
+
+
+def test_the_thread_sanitizer_notices_kernels_loaded_without_the_lock(tmp_path):
+    source = (build.SOURCE / "src/cuda_driver.c").read_text()
+    begin = source.index("int cuda_load(")
+    loading = source[begin : source.index("\n}\n", begin)]
+    unlocked = re.sub(r"\n    pthread_mutex_\w+\(&mutex\);", "", loading)
+    assert loading.count("&mutex") == 2
+    (tmp_path / "cuda_driver.c").write_text(source.replace(loading, unlocked))
+    done = cuda_threads(tmp_path, tmp_path / "cuda_driver.c")
+    assert done.returncode != 0
+    assert "data race" in done.stderr
 
 
 @pytest.fixture(scope="module")

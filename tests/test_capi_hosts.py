@@ -839,17 +839,37 @@ def built_before(built_aot, monkeypatch) -> None:
 
 
 def test_call_cost_prints_a_row_for_each_call_beside_torch(built_before, capsys):
-    assert call_cost.main(["--engine", "aot", "--calls", "2"]) == 0
+    before = os.sched_getaffinity(0)
+    assert call_cost.main(["--engine", "aot", "--calls", "2", "--rounds", "1"]) == 0
+    assert os.sched_getaffinity(0) == before
     said = capsys.readouterr().out
-    rows = re.findall(r"^(\S.*?)  +(step|forward|train) +(\d+\.\d\d) +(\d+\.\d\d)$", said, re.M)
+    number = r"(\d+\.\d\d)"
+    rows = re.findall(rf"^(\S.*?)  +(step|forward|train) +{number} +{number} +{number} +{number}$", said, re.M)
     assert [row[:2] for row in rows] == [(case, kind) for case in call_cost.CASES for kind in call_cost.KINDS]
-    assert all(float(time) > 0 for row in rows for time in row[2:])
-    assert re.search(r"^network +call +aot +torch$", said, re.M)
+    assert all(float(time) > 0 for row in rows for time in row[2:5])
+    for row in rows:
+        ours, _, torchs, ratio = map(float, row[2:])
+        assert ratio == pytest.approx(ours / torchs, abs=0.02)  # of figures rounded to 0.01
+    assert re.search(r"^network +call +aot +torch op +torch +aot/torch$", said, re.M)
+
+
+@pytest.mark.timeout(600)
+def test_call_cost_times_the_launcher_on_a_driver_that_does_nothing(capsys, monkeypatch):
+    monkeypatch.setattr(call_cost, "CASES", {"no work": call_cost.CASES["no work"]})
+    monkeypatch.setattr(call_cost, "LAUNCHER_IMAGES", "sm_90,fp32,H32,step")
+    assert call_cost.main(["--engine", "aot", "--calls", "2", "--rounds", "1", "--launcher"]) == 0
+    said = capsys.readouterr().out.partition("on a CUDA device whose driver does nothing\n")[2]
+    rows = re.findall(r"^no work +(step|forward|train) +(\d+\.\d\d)$", said, re.M)
+    assert [kind for kind, _ in rows] == list(call_cost.KINDS)
+    assert all(0 < float(time) < 10_000 for _, time in rows)
 
 
 def test_call_cost_shows_no_figure_of_a_wrong_host(built_before, monkeypatch, capsys):
-    monkeypatch.setattr(call_cost, "torch_times", lambda case: ({}, 123.0))
+    torch_ = call_cost.Torch(call_cost.CASES["no work"])
+    torch_.total = 123.0
+    monkeypatch.setattr(call_cost, "Torch", lambda case: torch_)
     assert call_cost.main(["--engine", "aot", "--calls", "1"]) == 1
     said = capsys.readouterr()
     assert "torch's to 123.0" in said.err
     assert "step" not in said.out
+    assert "no work" not in said.out

@@ -132,7 +132,7 @@ PATHS: dict[str, tuple[tuple[int, int, int, int, int], dict[str, Any]]] = {
 def test_results_and_all_gradients_are_within_budget(sizes, options, dtype, with_lengths):
     _, t, b, _, h = sizes
     lengths = [(3 * k + 1) % (t + 1) for k in range(b)] if with_lengths else None
-    problems = [Problem(sizes, dtype, seed) for seed in range(min(6, -(-800 // (t * b * h))))]
+    problems = [Problem(sizes, dtype, seed) for seed in range(min(6, -(-2000 // (t * b * h))))]
     assert_within_budget(problems, lengths, **options)
 
 
@@ -152,7 +152,7 @@ PIPELINES: dict[str, tuple[tuple[int, int, int, int, int], int, dict[str, Any]]]
 def test_a_pipeline_is_within_budget(sizes, chunks, options, dtype, with_lengths):
     _, t, b, _, h = sizes
     lengths = [(3 * k + 1) % (t + 1) for k in range(b)] if with_lengths else None
-    problems = [Problem(sizes, dtype, seed) for seed in range(min(6, -(-800 // (t * b * h))))]
+    problems = [Problem(sizes, dtype, seed) for seed in range(min(6, -(-2000 // (t * b * h))))]
     assert_within_budget(problems, lengths, chunks=chunks, **options)
 
 

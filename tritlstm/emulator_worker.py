@@ -22,6 +22,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from tritlstm import emulator_ptx
+from tritlstm.kernels import exchange
 from tritlstm.kernels.launch import KERNELS, kernel_function
 
 DTYPES = {
@@ -37,6 +38,8 @@ DTYPES = {
 WORDS = {4: tl.int32, 8: tl.int64}
 #: For the arguments of a store after self, pointers, value and mask.
 NO_POLICY = (None,) * (len(inspect.signature(interpreter.InterpreterBuilder.create_masked_store).parameters) - 4)
+#: For one look of a poll.
+NO_TIME = interpreter.TensorHandle(np.zeros(1, np.uint64), tl.uint64)
 
 
 def boolean(mask):
@@ -156,6 +159,17 @@ class Builder(interpreter.InterpreterBuilder):
         os.sched_yield()
         self._pause()
         return super().create_atomic_rmw(rmwOp, ptr, val, mask, sem, scope)
+
+    def create_atomic_poll(self, ptr, expected, timeout_ns, sem, scope):
+        # The limit in turns: this machine's time is not the GPU's.
+        matched = False
+        for _ in range(int(timeout_ns.data.item()) // exchange.TURN_NS.value + 1):
+            os.sched_yield()
+            self._pause()
+            matched = super().create_atomic_poll(ptr, expected, NO_TIME, sem, scope)
+            if matched.data.all():
+                break
+        return matched
 
 
 builder = Builder()

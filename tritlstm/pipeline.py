@@ -56,7 +56,7 @@ def forward(
     def run(k: int, begin: int, end: int) -> None:
         below, w = (x, w_ih) if k == 0 else (outs[k - 1], w_between[k - 1])
         bias_ih, bias_hh = (None if b is None else b[k] for b in (b_ih, b_hh))
-        layer._input_products(below[begin:end], w, bias_ih, bias_hh, size, device, precision, gates[k, begin:end])
+        layer._input_products(below[begin:end], w, bias_ih, bias_hh, size, device, precision, gates=gates[k, begin:end])
         arguments = {
             "gates_ptr": gates[k],
             "w_ptr": w_padded[k],

@@ -409,6 +409,8 @@ def _most_cells(problem: _Problem, tier: str, block_b: int) -> float:
         return math.inf
     if _scalar_products(problem):
         return 2 if (tier, problem.direction) == ("single", "forward") else 1
+    if problem.normed and (tier, problem.direction) == ("single", "backward"):
+        return 4  # 8 spill 8 bytes for sm_90 at H=128
     few = TRITON >= (3, 9) and problem.device.arch == "sm_120"  # which has the fewest to spare there
     if tier == "single":
         if few and problem.direction == "backward":
@@ -671,8 +673,10 @@ def tiers(
 ) -> dict[str, RecurrentPlan | str]:
     """The best plan of every tier or, where a tier can't run these sizes, the reason."""
     one_step = length == 1 and not normed
-    more = {"chains": chains, "stacked": stacked, "normed": normed}
-    problem = _Problem(direction, batch, hidden, dtype, precision, device, save, one_step, **more)
+    problem = _Problem(
+        direction, batch, hidden, dtype, precision, device, save, one_step, chains=chains, stacked=stacked,
+        normed=normed,
+    )  # fmt: skip
     found: dict[str, RecurrentPlan | str] = {}
     for tier in TIERS:
         plans = [plan for plan in _candidates(problem) if plan.tier == tier]

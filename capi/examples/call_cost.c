@@ -1,10 +1,11 @@
 /* What a call costs: times single steps, whole sequences and training steps of a network on a CPU.
  *
- *     call_cost D H LAYERS STEPS BATCH CALLS
+ *     call_cost D H LAYERS STEPS BATCH CALLS [launcher]
  *
  * Runs each kind of call CALLS times and prints, in nanoseconds, the 20th, 50th and 80th percentile; before that the sum of
  * the outputs for x = (k % 7) / 7, by which the weights of seed 7 can be checked. A network of D = H = STEPS = BATCH = 1 has
- * next to no work: what it takes is the cost of the call.
+ * next to no work: what it takes is the cost of the call. With `launcher` the network is on a CUDA device whose driver is
+ * one that does nothing (capi/src/null_libcuda.c): what is timed is the library up to the driver, and the sum is of zeros.
  *
  *     cc -O2 call_cost.c $(pkg-config --cflags --libs tritlstm) -o call_cost
  *
@@ -13,6 +14,7 @@
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <time.h>
 #include <tritlstm.h>
 
@@ -82,13 +84,14 @@ static void measure(const char *name, void (*call)(job *), job *j, size_t calls)
     free(times);
 }
 
-static void set_up(job *j, const int64_t *n)
+static void set_up(job *j, const int64_t *n, int32_t device)
 {
     int64_t D = n[0], H = n[1], layers = n[2], T = n[3], B = n[4], count;
     size_t workspace, reserve, rows = (size_t)(T * B);
     tritlstm_options options;
     check(tritlstm_options_init(&options, sizeof options));
     options.input_size = D, options.hidden_size = H, options.num_layers = layers, options.seed = 7;
+    options.device = device;
     check(tritlstm_create(&options, NULL, &j->lstm));
     check(tritlstm_state_create(j->lstm, B, &j->state));
     check(tritlstm_sizes(j->lstm, 1, B, 0, &j->step_bytes, NULL));
@@ -134,12 +137,12 @@ int main(int argc, char **argv)
     int64_t numbers[6];
     for (int k = 0; k < 6; k++) {
         numbers[k] = k + 1 < argc ? strtoll(argv[k + 1], NULL, 10) : 0;
-        if (numbers[k] < 1 || argc != 7) {
-            fputs("usage: call_cost D H LAYERS STEPS BATCH CALLS\n", stderr);
+        if (numbers[k] < 1 || argc < 7 || argc > 8 || (argc == 8 && strcmp(argv[7], "launcher"))) {
+            fputs("usage: call_cost D H LAYERS STEPS BATCH CALLS [launcher]\n", stderr);
             return 2;
         }
     }
-    set_up(&j, numbers);
+    set_up(&j, numbers, argc == 8 ? TRITLSTM_CUDA : TRITLSTM_CPU);
     measure("step", step, &j, (size_t)numbers[5]);
     measure("forward", forward, &j, (size_t)numbers[5]);
     measure("train", train, &j, (size_t)numbers[5]);
