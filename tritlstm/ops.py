@@ -215,8 +215,8 @@ class _Layer(torch.autograd.Function):
         d_x, d_w_ih, d_w_hh, d_b, d_h0, d_c0, d_gate0 = (
             result if need else None for result, need in zip(results, needs, strict=True)
         )
-        d_b_ih, d_b_hh = d_b if need_b_ih else None, d_b if need_b_hh else None
-        return d_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_h0, d_c0, None, None, None, d_gate0
+        d_biases = of_both_biases(d_b, need_b_ih, need_b_hh)
+        return d_x, d_w_ih, d_w_hh, *d_biases, d_h0, d_c0, None, None, None, d_gate0
 
 
 class _LayerBackward(torch.autograd.Function):
@@ -280,6 +280,13 @@ def _differentiable_backward(
         plain: Any = aten
         out, _, _, gates, cells = plain.forward(*forward)
         return plain.backward(*grads, x, w_ih, w_hh, h0, c0, lengths, out, gates, cells, reverse, needs)
+
+
+def of_both_biases(grad_b: Tensor | None, need_ih: bool, need_hh: bool) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of b_ih and b_hh, which are equal: two tensors, that changing one in place leaves the other."""
+    if grad_b is None:
+        return None, None
+    return grad_b if need_ih else None, (grad_b.clone() if need_ih else grad_b) if need_hh else None
 
 
 def _below_autograd(op: Any, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
