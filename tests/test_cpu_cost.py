@@ -1,4 +1,4 @@
-"""On the CPU the modules must cost no more than torch's own LSTM, which they run but for some training steps, within 5 %.
+"""On the CPU the modules must cost no more than torch's own LSTM, within 5 %; some training steps must take less.
 
 Both are timed in turns, so that a change of clock or load meets both. The shortest of many rounds is what the
 machine did undisturbed; a busy machine gets more rounds.

@@ -5,6 +5,9 @@ a step and works in preallocated memory; all of autograd's work per step, the we
 large product after the loop. Rows of sequences that have ended are left out, so padding costs nothing but memory.
 Variants of the cell other than resets run in `tritlstm.aten`.
 
+The same call gives the same bits, but not those of torch's own LSTM, which evaluation runs: sums are made in another
+order. Both err alike against float64 (tests/test_cpu.py). Derivatives of gradients come from `tritlstm.aten`.
+
 Inside, tensors are lists of rows: N rows, step by step, the longest sequence first in each, like the data of a
 `PackedSequence`. All arithmetic is in float32 (float64 for float64 inputs).
 """
@@ -20,20 +23,26 @@ from torch import Tensor
 from . import aten
 from .cell_options import PLAIN, Cell
 
-#: Rows of one product of a weight's gradient. torch's own backward adds up one product a step, which rounds less than
-#: one long sum does; with so many rows the error is as small and the time that of one product.
-ROWS = 128
+#: Rows of one product of w_hh's gradient, if a step has fewer. torch's own backward adds up one product a step, which
+#: rounds less than one long sum does. With 64 rows, T = 40, B = 5, H = 12, 10 of 24 runs of the budget in
+#: tests/test_cpu.py were over it, with 32 two, with 16 none; 16 take 0.2 ms longer than 64, of 12 for a training step
+#: (T = 60, B = 16, H = 128).
+ROWS = 16
 
 # Where a training step is faster here than in torch's own LSTM. Measured on 2026-11-25 with torch 2.13.0 on an Intel
-# Xeon with AVX-512, one thread, in turns with nn.LSTM; the figures are in benchmarks/README.md.
-#: Packed data of several lengths, which torch runs step by step under autograd: 0.7 times its speed for 8 steps, as
-#: fast for 16, 1.2 times for 24, 1.8 to 3.5 times from 60 on.
+# Xeon with AVX-512, with one and with two threads, in turns with nn.LSTM; benchmarks/README.md has the figures.
+#: Packed data of several lengths, which torch runs step by step under autograd: its speed for 16 steps (less for fewer,
+#: up to H = 128), 1.1 to 2.3 times as fast for 24, 1.4 to 2.6 times for 60.
 PACKED_STEPS = 24
+#: Here a batch is padded, up to so many times the rows that carry data. A training step's peak of memory is then up to
+#: twice that of torch's own (T = 200, B = 64, H = 256: 1.5 times without padding, 1.9 times with 3.9).
+MOST_PADDING = 4
 #: oneDNN lays all weights out anew in every call, which takes as long as some rows of products. It loses where
-#: T (B + 16), the rows and what a step costs here, is no more than a ROWS_PER_WEIGHT-th of the weights of a layer.
-ROWS_PER_WEIGHT = 8192
+#: T (B + 16), the rows and what a step costs here, is small beside the weights of a layer: 1.1 to 4 times as fast up to
+#: a 16384th of them, about as fast at an 8192nd.
+WEIGHTS_PER_ROW = 16384
 FEWEST_WEIGHTS = 1 << 19  # H = D = 256; below, what a call costs here decides
-MOST_ROWS = 512
+MOST_ROWS = 256
 
 Rebuild = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -112,21 +121,31 @@ class _Rows(NamedTuple):
 
 
 def packed_pays(batch_sizes: Tensor) -> bool:
+    """Whether training on packed data is faster here; `batch_sizes` [T] are those of a `PackedSequence`."""
+    steps, batch = len(batch_sizes), int(batch_sizes[0])
     # torch runs packed data of one length as it runs any batch, in oneDNN.
-    return len(batch_sizes) >= PACKED_STEPS and bool(batch_sizes[0] != batch_sizes[-1])
+    if steps < PACKED_STEPS or batch == int(batch_sizes[-1]):
+        return False
+    return steps * batch <= MOST_PADDING * int(batch_sizes.sum())
+
+
+def small(input_size: int, hidden_size: int) -> bool:
+    """Whether a layer is so small that only packed data are faster here."""
+    return 4 * hidden_size * (input_size + hidden_size) < FEWEST_WEIGHTS
 
 
 def few_rows_pay(steps: int, batch: int, x: Tensor, input_size: int, hidden_size: int) -> bool:
+    """Whether training on T = `steps`, B = `batch` is faster here; of `x` the dtype counts, and whether it is empty."""
     rows, weights = steps * (batch + 16), 4 * hidden_size * (input_size + hidden_size)
-    if rows > MOST_ROWS or weights < FEWEST_WEIGHTS or rows * ROWS_PER_WEIGHT > weights:
+    if rows > MOST_ROWS or small(input_size, hidden_size) or rows * WEIGHTS_PER_ROW > weights:
         return False
     return x.dtype == torch.float32 and x.numel() > 0
 
 
 def computes(x: Tensor, h0: Tensor, cell: Cell, recompute: bool) -> bool:
     """Whether this module has what is asked for; what it has not is in `tritlstm.aten`."""
-    plain = cell._replace(resets=None) == PLAIN if cell is not PLAIN else True
-    return x.device.type == "cpu" and x.numel() > 0 and h0.size(1) > 0 and plain and not recompute
+    plain = cell is PLAIN or cell._replace(resets=None) == PLAIN
+    return x.numel() > 0 and h0.size(1) > 0 and plain and not recompute
 
 
 def forward(
@@ -198,7 +217,7 @@ def _walk(
         rows.split(gates[:, begin * hidden : end * hidden]) for begin, end in ((0, 2), (0, 1), (1, 2), (2, 3), (3, 4))
     )
     cut_t = [] if cuts is None else rows.split(cuts)
-    addmm, mul, sigmoid, tanh = torch.addmm, torch.mul, torch.sigmoid, torch.tanh
+    mul, tanh = torch.mul, torch.tanh
     h_n, c_n = h0.clone(), c0.clone()
     active = rows.sizes[-1 if reverse else 0]
     h, c = h0[:active], c0[:active]
@@ -212,10 +231,10 @@ def _walk(
         active = size
         if cut[t]:
             h, c = h.masked_fill(cut_t[t], 0), c.masked_fill(cut_t[t], 0)
-        addmm(pre[t], h, recurrent, out=pre[t])
-        sigmoid(i_f[t], out=i_f[t])
-        tanh(g[t], out=g[t])
-        sigmoid(o[t], out=o[t])
+        pre[t].addmm_(h, recurrent)
+        i_f[t].sigmoid_()
+        g[t].tanh_()
+        o[t].sigmoid_()
         c = mul(f[t], c, out=c_t[t]).addcmul_(i[t], g[t])
         tanh_c = tanh(c, out=shown[:size])
         if dtype == wide:
@@ -262,8 +281,7 @@ def backward(
     c_prev = rows.previous(c, rows.sort(c0).to(wide), reverse)
     if cuts is not None:
         c_prev = c_prev.masked_fill(cuts, 0)
-    activated = rows.gather(gates).unflatten(1, (-1, 4))[:, :hidden].transpose(1, 2)
-    activated = activated.to(wide, memory_format=torch.contiguous_format).flatten(1)  # [N, 4H]
+    activated = rows.gather(gates).unflatten(1, (-1, 4))[:, :hidden].transpose(1, 2).flatten(1).to(wide)  # [N, 4H]
     forget = activated[:, hidden : 2 * hidden]
     scales, per_c = _scales(activated, c, c_prev)
     grads = [None if grad is None else rows.sort(grad).to(wide) for grad in (grad_h_n, grad_c_n)]
@@ -285,8 +303,8 @@ def backward(
 
     results = (
         lambda: rows.scatter((deltas @ w_ih.to(wide)).to(x.dtype), steps),
-        lambda: _weight_gradient(deltas, rows.gather(x)).to(w_ih.dtype),
-        lambda: _weight_gradient(deltas, h_prev()).to(w_hh.dtype),
+        lambda: (deltas.t() @ rows.gather(x).to(wide)).to(w_ih.dtype),
+        lambda: _recurrent_gradient(deltas, h_prev().to(wide), max(ROWS, rows.batch)).to(w_hh.dtype),
         lambda: deltas.sum(0).to(w_ih.dtype),
         lambda: rows.unsort(grad_h0).to(h0.dtype),
         lambda: rows.unsort(grad_c0).to(c0.dtype),
@@ -366,10 +384,9 @@ def _walk_back(
     return deltas, grad_h0, grad_c0
 
 
-def _weight_gradient(deltas: Tensor, inputs: Tensor) -> Tensor:
-    """The sum over all rows of delta inputᵀ, [4H, inputs]."""
-    inputs = inputs.to(deltas.dtype)
-    total = deltas[:ROWS].t() @ inputs[:ROWS]
-    for begin in range(ROWS, len(deltas), ROWS):
-        total.addmm_(deltas[begin : begin + ROWS].t(), inputs[begin : begin + ROWS])
+def _recurrent_gradient(deltas: Tensor, h: Tensor, part: int) -> Tensor:
+    """The sum over all rows of delta hᵀ, [4H, H], by products of `part` rows each."""
+    total = deltas[:part].t() @ h[:part]
+    for begin in range(part, len(deltas), part):
+        total.addmm_(deltas[begin : begin + part].t(), h[begin : begin + part])
     return total

@@ -58,7 +58,8 @@ def lstm(
         bidirectional: every layer also walks from the end to the start, with weights of its own.
         batch_first: the input and the output are [B, T, ...]; the states keep their order.
         dropout: probability with which an element of a layer's output is zeroed on its way to the next layer.
-        training: whether dropout acts. On the CPU, without it, results are torch.nn.LSTM's to the bit.
+        training: whether dropout acts. On the CPU, without it, results and gradients are torch.nn.LSTM's to the bit;
+            with it, and a gradient to come, the steps that `tritlstm.cpu` computes faster may differ in the last bits.
         lengths: [B] integers from 0 to T, a tensor on any device or a sequence of ints, in any order; None for T
             everywhere. Outputs at positions t >= lengths[b] are zero, the reverse direction starts at a
             sequence's own end, h_n and c_n are the states there (a sequence of length 0 keeps its initial
@@ -264,7 +265,9 @@ def _trains_explicitly(
 ) -> bool:
     """Whether this is a training step that `tritlstm.cpu` computes faster than torch's own LSTM."""
     # In evaluation the numbers stay torch's, whether or not autograd is on.
-    if not (options.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+    if not options.training or (batch_sizes is None and cpu.small(options.input_size, options.hidden_size)):
+        return False  # asked in every call: what is quick comes first
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     return explicit_pays(x, batch_sizes, options) and any(tensor.requires_grad for tensor in (x, *hx, *weights))
 

@@ -28,7 +28,9 @@ class LSTM(nn.RNNBase):
     run the Triton kernels of this library; everything else (the CPU, float64) runs torch's own LSTM at no
     extra cost. Plain PyTorch operators run there only where torch can't trace or map its own: in a model that
     `torch.compile` compiles for training, in an export with a dynamic T, under `vmap` and in forward mode; and in
-    training on the CPU where they are faster (`tritlstm.cpu` says where).
+    training on the CPU where they are faster: packed data and batches with `lengths`, of 24 steps or more, and large
+    weights for few rows (`tritlstm.cpu` has the rule). There the results, and what `eval()` computes, which is
+    always torch's own, may differ in the last bits.
 
     T time steps, B batch, D `input_size`, H `hidden_size`, R `proj_size` or else H, S 2 if `bidirectional`
     else 1.
