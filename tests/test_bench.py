@@ -575,7 +575,7 @@ def test_rows_carry_every_key_and_consistent_numbers(tmp_path, monkeypatch):
     run = make_session(tmp_path / "rows.jsonl", note="a remark")
     assert run.run([SMALL, RESETS], providers.choose(None))
     got = run.store.rows
-    able = {"tritlstm", "torch", "compiled-loop", "eager-loop"}
+    able = {"tritlstm", "torch", "explicit", "compiled-loop", "eager-loop"}
     assert {(r["case"], r["provider"], r["pass"]) for r in got if r["case"] == SMALL.name} == {
         (SMALL.name, name, which) for name in able for which in PASSES
     }
