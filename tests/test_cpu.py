@@ -373,6 +373,29 @@ def test_it_is_an_operator_of_every_transform(torchs):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_lengths_run_as_they_are(torchs, batch_first):
+    torch.manual_seed(0)
+    ends, steps = torch.tensor([7, 0, 30, 24]), 32
+    module = tritlstm.LSTM(3, 4, 2, bidirectional=True, batch_first=batch_first).double()
+    x = torch.randn(steps, 4, 3, dtype=torch.float64)
+    x[torch.arange(steps)[:, None] >= ends] = float("nan")
+    x = x.transpose(0, 1) if batch_first else x
+    hx = tuple(torch.randn(4, 4, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    upstream = torch.randn(*x.shape[:2], 8, dtype=torch.float64)
+    results = []
+    for training in (True, False):
+        data = x.clone().requires_grad_()
+        out, (h_n, c_n) = module.train(training)(data, hx, lengths=ends)
+        assert bool(torchs) is not training
+        asked = [data, *hx, *module.parameters()]
+        results.append((out, h_n, c_n, *torch.autograd.grad((out * upstream).sum() + (h_n * c_n).sum(), asked)))
+    for a, b in zip(*results, strict=True):
+        close(a, b, "training", 1e-12)
+    assert cpu.packed_pays(functional.batch_sizes_of(ends))
+    assert not functional.explicit_pays(x, functional.batch_sizes_of(torch.zeros(4).long()), module._options())
+
+
 def test_packed_data_come_back_as_they_went_in():
     module = tritlstm.LSTM(5, 6)
     x = of_lengths()

@@ -48,11 +48,11 @@ Rebuild = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class _Rows(NamedTuple):
-    """Which rows there are; `index` and `order` are None where every sequence has every step."""
+    """Which rows there are; `places` and `order` are None where every sequence has every step."""
 
     sizes: list[int]  # sequences of each step
     batch: int
-    index: Tensor | None  # [N], places in [T B]
+    places: Tensor | None  # [N], where in [T B]
     order: Tensor | None  # [B], sequences by falling length
 
     @classmethod
@@ -62,8 +62,8 @@ class _Rows(NamedTuple):
         ends, order = lengths.long().sort(descending=True, stable=True)
         active = torch.arange(steps)[:, None] < ends
         sizes = [size for size in active.sum(1).tolist() if size]
-        index = (torch.arange(steps)[:, None] * batch + order)[active]
-        return cls(sizes, batch, index, order)
+        places = (torch.arange(steps)[:, None] * batch + order)[active]
+        return cls(sizes, batch, places, order)
 
     @property
     def offsets(self) -> Tensor:
@@ -73,14 +73,14 @@ class _Rows(NamedTuple):
     def gather(self, values: Tensor) -> Tensor:
         """[T, B, ...] to [N, ...]."""
         flat = values.flatten(0, 1)
-        return flat if self.index is None else flat.index_select(0, self.index)
+        return flat if self.places is None else flat.index_select(0, self.places)
 
     def scatter(self, rows: Tensor, steps: int) -> Tensor:
         """[N, ...] to [T, B, ...], zero where there is no row."""
-        if self.index is None:
+        if self.places is None:
             return rows.unflatten(0, (steps, self.batch))
         flat = rows.new_zeros(steps * self.batch, *rows.shape[1:])
-        return flat.index_copy_(0, self.index, rows).unflatten(0, (steps, self.batch))
+        return flat.index_copy_(0, self.places, rows).unflatten(0, (steps, self.batch))
 
     def sort(self, state: Tensor) -> Tensor:
         return state if self.order is None else state.index_select(0, self.order)
@@ -98,7 +98,7 @@ class _Rows(NamedTuple):
 
     def previous(self, rows: Tensor, initial: Tensor, reverse: bool) -> Tensor:
         """What each row's step began with: the row of the step before it, or `initial` [B, ...]."""
-        if self.index is None:
+        if self.places is None:
             return torch.cat((rows[self.batch :], initial) if reverse else (initial, rows[: -self.batch]))
         parts, sizes = self.split(rows), self.sizes
         if not reverse:
@@ -113,7 +113,7 @@ class _Rows(NamedTuple):
         """The row that each sequence with any begins at; they are the first ones of the sorted order."""
         if not reverse:
             return torch.arange(self.sizes[0])
-        if self.index is None:
+        if self.places is None:
             return torch.arange(self.batch) + (len(self.sizes) - 1) * self.batch
         k = torch.arange(self.sizes[0])
         ends = (torch.tensor(self.sizes)[:, None] > k).sum(0)
@@ -122,11 +122,11 @@ class _Rows(NamedTuple):
 
 def packed_pays(batch_sizes: Tensor) -> bool:
     """Whether training on packed data is faster here; `batch_sizes` [T] are those of a `PackedSequence`."""
-    steps, batch = len(batch_sizes), int(batch_sizes[0])
+    steps = len(batch_sizes)
     # torch runs packed data of one length as it runs any batch, in oneDNN.
-    if steps < PACKED_STEPS or batch == int(batch_sizes[-1]):
+    if steps < PACKED_STEPS or bool(batch_sizes[0] == batch_sizes[-1]):
         return False
-    return steps * batch <= MOST_PADDING * int(batch_sizes.sum())
+    return steps * int(batch_sizes[0]) <= MOST_PADDING * int(batch_sizes.sum())
 
 
 def small(input_size: int, hidden_size: int) -> bool:
@@ -284,9 +284,11 @@ def backward(
     activated = rows.gather(gates).unflatten(1, (-1, 4))[:, :hidden].transpose(1, 2).flatten(1).to(wide)  # [N, 4H]
     forget = activated[:, hidden : 2 * hidden]
     scales, per_c = _scales(activated, c, c_prev)
-    grads = [None if grad is None else rows.sort(grad).to(wide) for grad in (grad_h_n, grad_c_n)]
+    grad_h, grad_c = (None if grad is None else rows.sort(grad).to(wide) for grad in (grad_h_n, grad_c_n))
     grad_rows = None if grad_out is None else rows.gather(grad_out).to(wide)
-    deltas, grad_h0, grad_c0 = _walk_back(grad_rows, *grads, weights, scales, per_c, forget, rows, reverse, cuts, cut)
+    deltas, grad_h0, grad_c0 = _walk_back(
+        grad_rows, grad_h, grad_c, weights, scales, per_c, forget, rows, reverse, cuts, cut
+    )
 
     def h_prev() -> Tensor:
         h = rows.previous(rows.gather(out), rows.sort(h0), reverse)

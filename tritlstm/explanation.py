@@ -159,9 +159,7 @@ def _explicit(module: Any, input: Tensor | PackedSequence, lengths: Lengths | No
     if lengths is None:
         x = input if input.dim() == 3 else input.unsqueeze(int(not module.batch_first))
         return functional.explicit_pays(x, None, module._options())
-    ends = torch.as_tensor(lengths).cpu()
-    steps = torch.arange(int(ends.max()) if ends.numel() else 0)
-    return len(steps) > 0 and functional.explicit_pays(input, (ends[:, None] > steps).sum(0), module._options())
+    return functional.explicit_pays(input, functional.batch_sizes_of(torch.as_tensor(lengths)), module._options())
 
 
 def _folds(module: Any) -> bool:

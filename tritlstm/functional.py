@@ -348,10 +348,11 @@ def _run_lengths(
     extras: Extras | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch_dim = 0 if options.batch_first else 1
-    if extras is not None or not packs(x):
+    direct = extras is not None or not packs(x)
+    if direct or (options.training and _trains_explicitly(x, batch_sizes_of(lengths), hx, weights, options)):
         steps = x.transpose(0, 1) if options.batch_first else x
         ends = lengths.long().clamp(0, steps.size(0)).to(x.device, torch.int32, non_blocking=True)
-        # The kernels skip the padding, but the product of w_ih's gradient would meet a NaN or an infinity in it.
+        # The recurrence skips the padding, but the product of w_ih's gradient would meet a NaN or an infinity in it.
         inside = torch.arange(steps.size(0), device=x.device)[:, None] < ends
         steps = torch.where(inside[..., None], steps, 0)
         out, h_n, c_n = run_layers(steps, ends, hx, weights, options, extras)
@@ -371,6 +372,12 @@ def _run_lengths(
     out = x.new_zeros(shape, dtype=dtype).index_copy(batch_dim, order, out.to(dtype))
     h_n, c_n = (old.to(dtype).index_copy(1, order, new.to(dtype)) for old, new in zip(hx, (h, c), strict=True))
     return out, h_n, c_n
+
+
+def batch_sizes_of(lengths: Tensor) -> Tensor:
+    """`batch_sizes` of the `PackedSequence` of a batch with such lengths [B], on the CPU."""
+    ends = lengths.cpu()
+    return (ends[:, None] > torch.arange(int(ends.max()) if ends.numel() else 0)).sum(0)
 
 
 def out_width(options: Options) -> int:
