@@ -179,9 +179,9 @@ class _ExplicitRunner(_TritlstmRunner):
         from tritlstm import functional
 
         lengths = None if inputs.lengths is None else inputs.lengths.to(torch.int32)
-        weights = list(self.params.values())
-        states = (inputs.h0, inputs.c0)
-        return functional.run_layers(inputs.x, lengths, states, weights, self.module._options())
+        module: Any = self.module
+        states, weights = (inputs.h0, inputs.c0), list(self.params.values())
+        return functional.run_layers(inputs.x, lengths, states, weights, module._options())
 
 
 class Explicit(Provider):

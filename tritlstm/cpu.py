@@ -32,13 +32,13 @@ ROWS = 16
 # Where a training step is faster here than in torch's own LSTM. Measured on 2026-11-25 with torch 2.13.0 on an Intel
 # Xeon with AVX-512, with one and with two threads, in turns with nn.LSTM; benchmarks/README.md has the figures.
 #: Packed data of several lengths, which torch runs step by step under autograd: its speed for 16 steps (less for fewer,
-#: up to H = 128), 1.1 to 2.3 times as fast for 24, 1.4 to 2.6 times for 60.
+#: up to H = 128), 1.0 to 2.3 times as fast for 24, 1.4 to 2.6 times for 60.
 PACKED_STEPS = 24
 #: Here a batch is padded, up to so many times the rows that carry data. A training step's peak of memory is then up to
 #: twice that of torch's own (T = 200, B = 64, H = 256: 1.5 times without padding, 1.9 times with 3.9).
 MOST_PADDING = 4
 #: oneDNN lays all weights out anew in every call, which takes as long as some rows of products. It loses where
-#: T (B + 16), the rows and what a step costs here, is small beside the weights of a layer: 1.1 to 4 times as fast up to
+#: T (B + 16), the rows and what a step costs here, is small beside the weights of a layer: 1.0 to 4 times as fast up to
 #: a 16384th of them, about as fast at an 8192nd.
 WEIGHTS_PER_ROW = 16384
 FEWEST_WEIGHTS = 1 << 19  # H = D = 256; below, what a call costs here decides
