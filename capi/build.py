@@ -30,7 +30,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tritlstm._version import __version__
@@ -66,6 +66,8 @@ class Built:
 
     directory: Path
     engine: str = "python"
+    #: What is not as it should be, though the library works.
+    notes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -250,7 +252,7 @@ def _build_engine(cc: list[str], folder: Path) -> None:
     (folder / "python_engine.conf").write_bytes(os.fsencode("\n".join(settings) + "\n"))
 
 
-def _cuda_sources(folder: Path, images: str) -> list[Path]:
+def _cuda_sources(folder: Path, images: str, cc: list[str], notes: list[str]) -> list[Path]:
     """C and assembly files of the CUDA side with the device images `images`."""
     if images == NO_IMAGES:
         return [SOURCE / "src" / "cuda_absent.c"]
@@ -259,7 +261,7 @@ def _cuda_sources(folder: Path, images: str) -> list[Path]:
     except ImportError as error:
         raise BuildError(f"--images {images}: device images can't be made here: {error}") from error
     written = [path for path in sorted((SOURCE / "src").glob("cuda_*.c")) if path.name != "cuda_absent.c"]
-    return [*written, *aot.sources(folder, images)]
+    return [*written, *aot.sources(folder, images, cc=shlex.join(cc), note=notes.append)]
 
 
 def _fill_templates(built: Built, lib: Path) -> None:
@@ -278,7 +280,9 @@ def _fill_templates(built: Built, lib: Path) -> None:
         target.write_text(text)
 
 
-def _build_library(cc: list[str], lib: Path, engine: str, images: str, cblas: str | None) -> None:
+def _build_library(cc: list[str], lib: Path, engine: str, images: str, cblas: str | None) -> list[str]:
+    """Compiles the library into ``lib``; returns notes."""
+    notes: list[str] = []
     name = f"lib{NAMES[engine]}.so"
     soname = f"{name}.{SOVERSION}"
     includes = [f"-I{SOURCE / 'include'}", f"-I{SOURCE / 'src'}"]
@@ -289,7 +293,7 @@ def _build_library(cc: list[str], lib: Path, engine: str, images: str, cblas: st
             sources = [SOURCE / "src" / source for source in (*COMMON, "python_loader.c")]
         else:
             sources = [SOURCE / "src" / source for source in (*COMMON, *HOST)]
-            sources += _cuda_sources(Path(generated), images)
+            sources += _cuda_sources(Path(generated), images, cc, notes)
             # -std=c11 alone would forbid a multiplication and an addition in one instruction.
             includes += ["-ffp-contract=fast", f"-ffile-prefix-map={generated}=."]
             includes += ["-DTRITLSTM_CBLAS"] if cblas else []
@@ -298,6 +302,7 @@ def _build_library(cc: list[str], lib: Path, engine: str, images: str, cblas: st
         compile_ = [*cc, *COMPILE, *descriptors, "-pedantic", *includes, *map(str, sources)]
         _run([*compile_, *link], "compiling the library")
     (lib / name).symlink_to(soname)
+    return notes
 
 
 def build(
@@ -337,7 +342,7 @@ def build(
             for header in HEADERS:
                 shutil.copyfile(SOURCE / "include" / header, scratch / "include" / header)
             _fill_templates(built, scratch / "lib")
-            _build_library(command, scratch / "lib", engine, images, cblas)
+            notes = _build_library(command, scratch / "lib", engine, images, cblas)
             if engine == "python":
                 _build_engine(command, scratch / "lib" / "tritlstm")
             for path in sorted(scratch.rglob("*")):
@@ -347,7 +352,7 @@ def build(
                     os.replace(path, target)
     except OSError as error:
         raise BuildError(f"can't write to {built.directory}: {error}") from error
-    return built
+    return replace(built, notes=tuple(notes))
 
 
 def example_compiler(name: str, cc: str | None = None) -> list[str]:
@@ -460,6 +465,8 @@ def run(args: argparse.Namespace) -> int:
         print(path)
     for reason in left_out:
         print(f"left out: {reason}")
+    for text in (text for library in libraries for text in library.notes):
+        print(f"note: {text}")
     if "python" in engines:
         print(f"\nlibtritlstm_python runs the environment of {_interpreter()}.")
     print("\nTo compile a host:\n")
