@@ -96,10 +96,14 @@ def _heap(folder: Path, cc: str | None, tools: list[str]) -> Path:
             reasons.append(f"{command} can't compile {HEAP.name}: {done.stderr.strip()}")
             continue
         for tool in tools:
-            environment = {"LD_PRELOAD": str(heap), "PTXAS_HEAP_TELLS": "1"}
-            tried = subprocess.run([tool, "--version"], capture_output=True, text=True, check=False, env=environment)
+            # By a relative path: a space would end it.
+            environment = {"LD_PRELOAD": f"./{heap.name}", "PTXAS_HEAP_TELLS": "1"}
+            tried = subprocess.run(
+                [tool, "--version"], capture_output=True, text=True, check=False, env=environment, cwd=folder
+            )
             if tried.returncode or "ptxas_heap in use" not in tried.stderr:
-                reasons.append(f"{tool} does not run with {HEAP.name} by {command}: {tried.stderr.strip() or 'no word'}")
+                said = tried.stderr.strip() or "it was not loaded"
+                reasons.append(f"{tool} does not run with {HEAP.name} by {command}: {said}")
                 break
         else:
             return heap
