@@ -83,7 +83,7 @@ def test_inflate_survives_damage(inflate: Any) -> None:
 # -- the same bytes every time ------------------------------------------------------------------------------
 
 
-#: ptxas 12.9 makes either of two codes of each of the six products for sm_100, as it happens.
+#: By itself ptxas 13.1 makes either of two codes of each of the six products for sm_100, as it happens.
 VARYING = "sm_100,fp16,H32,step"
 
 
