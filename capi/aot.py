@@ -20,7 +20,9 @@ import itertools
 import multiprocessing
 import os
 import re
+import signal
 import sys
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,6 +37,7 @@ from tritlstm.kernels.launch import Launch, kernel_function
 from tritlstm.measured import DATA_SHEET
 from tritlstm.plan import DEVICES, Device, RecurrentPlan
 
+from . import ptxas
 from .build import BuildError
 
 __all__ = ["DEFAULT", "FAMILIES", "HIDDEN", "ImageError", "Kernel", "Selection", "kernels", "parse", "sources"]
@@ -358,7 +361,7 @@ def compile_all(
     wanted = [tuple(group.values()) for group in groups.values()]
     total = len(set(places))
     # A process takes as long to start as a handful of kernels to compile.
-    jobs = min(jobs or os.cpu_count() or 1, 1 + total // 64)
+    jobs = min(jobs or len(os.sched_getaffinity(0)), 1 + total // 64)
     images: dict[int, Image] = {}
 
     def keep(indices: tuple[int, ...], found: list[Image]) -> None:
@@ -371,10 +374,15 @@ def compile_all(
             keep(indices, _compile_listed(selection, indices))
     else:
         context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(jobs, context) as pool:
+        # Ctrl-C is the parent's: a ptxas that it ends would be reported as a failure of the kernel.
+        ignore = (signal.SIGINT, signal.SIG_IGN)
+        with concurrent.futures.ProcessPoolExecutor(jobs, context, signal.signal, ignore) as pool:
             running = {pool.submit(_compile_listed, selection, indices): indices for indices in wanted}
-            for done in concurrent.futures.as_completed(running):
-                keep(running[done], done.result())
+            try:
+                for done in concurrent.futures.as_completed(running):
+                    keep(running[done], done.result())
+            finally:
+                pool.shutdown(cancel_futures=True)
     return [(kernel, images[place]) for kernel, place in zip(listed, places, strict=True)]
 
 
@@ -463,10 +471,13 @@ def sources(
     images: str | Selection = DEFAULT,
     jobs: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    cc: str | None = None,
+    note: Callable[[str], None] = warnings.warn,
 ) -> list[Path]:
     """Builds ``images`` into ``folder``; returns the files to compile together with ``src/cuda_*.c``.
 
-    ``progress`` is called with the number of kernels compiled and of all; by default a terminal is told.
+    ``progress`` is called with the number of kernels compiled and of all; by default a terminal is told. ``cc`` is the
+    C compiler, and ``note`` is called with words where another build's bytes may differ: see :func:`ptxas.steady`.
 
     Raises:
         ImageError: see :func:`parse` and :func:`compile_kernel`.
@@ -476,7 +487,11 @@ def sources(
     folder.mkdir(parents=True, exist_ok=True)
     if progress is None and sys.stderr.isatty():
         progress = _tell
-    write(folder, selection, compile_all(selection, jobs, progress))
+    with ptxas.steady(cc) as reason:
+        if reason is not None:
+            note(f"another build of these images may differ from this one, byte for byte: {reason}")
+        built = compile_all(selection, jobs, progress)
+    write(folder, selection, built)
     return [folder / "cuda_images.S", folder / "cuda_table.c"]
 
 

@@ -30,7 +30,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tritlstm._version import __version__
@@ -48,7 +48,11 @@ SOVERSION = "0"
 HEADERS = ("tritlstm.h", "tritlstm.hpp")
 EXAMPLES = {"generate": "c", "train_step": "c", "call_cost": "c", "fit": "cpp", "stream": "rs"}  # and their languages
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
-COMPILE = ["-std=c11", "-O2", "-fPIC", "-fvisibility=hidden", *WARNINGS]
+# Without errno a square root is an instruction, and libm is not needed.
+COMPILE = ["-std=c11", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", *WARNINGS]
+# Thread-local storage found through a descriptor, not through ld.so's __tls_get_addr: then libc is all that is needed.
+# GCC for x86 and Clang since 19 take the option; elsewhere descriptors are the default, or there are none.
+DESCRIPTORS = "-mtls-dialect=gnu2"
 LINK = ["-shared", "-Wl,-z,now", "-Wl,-z,noexecstack", "-Wl,-z,nodelete", "-Wl,--as-needed"]
 
 
@@ -62,6 +66,8 @@ class Built:
 
     directory: Path
     engine: str = "python"
+    #: What is not as it should be, though the library works.
+    notes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -122,6 +128,11 @@ def _run(command: list[str], what: str) -> None:
     error = _failure(command)
     if error is not None:
         raise BuildError(f"{what} failed: {error}")
+
+
+def accepts(cc: list[str], option: str) -> bool:
+    """Whether a C compiler knows an option."""
+    return _failure([*cc, "-Werror", option, "-S", "-x", "c", os.devnull, "-o", os.devnull]) is None
 
 
 def _python_include() -> str:
@@ -241,7 +252,7 @@ def _build_engine(cc: list[str], folder: Path) -> None:
     (folder / "python_engine.conf").write_bytes(os.fsencode("\n".join(settings) + "\n"))
 
 
-def _cuda_sources(folder: Path, images: str) -> list[Path]:
+def _cuda_sources(folder: Path, images: str, cc: list[str], notes: list[str]) -> list[Path]:
     """C and assembly files of the CUDA side with the device images `images`."""
     if images == NO_IMAGES:
         return [SOURCE / "src" / "cuda_absent.c"]
@@ -250,7 +261,7 @@ def _cuda_sources(folder: Path, images: str) -> list[Path]:
     except ImportError as error:
         raise BuildError(f"--images {images}: device images can't be made here: {error}") from error
     written = [path for path in sorted((SOURCE / "src").glob("cuda_*.c")) if path.name != "cuda_absent.c"]
-    return [*written, *aot.sources(folder, images)]
+    return [*written, *aot.sources(folder, images, cc=shlex.join(cc), note=notes.append)]
 
 
 def _fill_templates(built: Built, lib: Path) -> None:
@@ -269,7 +280,9 @@ def _fill_templates(built: Built, lib: Path) -> None:
         target.write_text(text)
 
 
-def _build_library(cc: list[str], lib: Path, engine: str, images: str, cblas: str | None) -> None:
+def _build_library(cc: list[str], lib: Path, engine: str, images: str, cblas: str | None) -> list[str]:
+    """Compiles the library into ``lib``; returns notes."""
+    notes: list[str] = []
     name = f"lib{NAMES[engine]}.so"
     soname = f"{name}.{SOVERSION}"
     includes = [f"-I{SOURCE / 'include'}", f"-I{SOURCE / 'src'}"]
@@ -280,14 +293,16 @@ def _build_library(cc: list[str], lib: Path, engine: str, images: str, cblas: st
             sources = [SOURCE / "src" / source for source in (*COMMON, "python_loader.c")]
         else:
             sources = [SOURCE / "src" / source for source in (*COMMON, *HOST)]
-            sources += _cuda_sources(Path(generated), images)
+            sources += _cuda_sources(Path(generated), images, cc, notes)
             # -std=c11 alone would forbid a multiplication and an addition in one instruction.
             includes += ["-ffp-contract=fast", f"-ffile-prefix-map={generated}=."]
             includes += ["-DTRITLSTM_CBLAS"] if cblas else []
             link += ["-lm", *shlex.split(cblas or "")]
-        compile_ = [*cc, *COMPILE, "-pedantic", *includes, *map(str, sources)]
+        descriptors = [DESCRIPTORS] if accepts(cc, DESCRIPTORS) else []
+        compile_ = [*cc, *COMPILE, *descriptors, "-pedantic", *includes, *map(str, sources)]
         _run([*compile_, *link], "compiling the library")
     (lib / name).symlink_to(soname)
+    return notes
 
 
 def build(
@@ -327,7 +342,7 @@ def build(
             for header in HEADERS:
                 shutil.copyfile(SOURCE / "include" / header, scratch / "include" / header)
             _fill_templates(built, scratch / "lib")
-            _build_library(command, scratch / "lib", engine, images, cblas)
+            notes = _build_library(command, scratch / "lib", engine, images, cblas)
             if engine == "python":
                 _build_engine(command, scratch / "lib" / "tritlstm")
             for path in sorted(scratch.rglob("*")):
@@ -337,7 +352,7 @@ def build(
                     os.replace(path, target)
     except OSError as error:
         raise BuildError(f"can't write to {built.directory}: {error}") from error
-    return built
+    return replace(built, notes=tuple(notes))
 
 
 def example_compiler(name: str, cc: str | None = None) -> list[str]:
@@ -450,6 +465,8 @@ def run(args: argparse.Namespace) -> int:
         print(path)
     for reason in left_out:
         print(f"left out: {reason}")
+    for text in (text for library in libraries for text in library.notes):
+        print(f"note: {text}")
     if "python" in engines:
         print(f"\nlibtritlstm_python runs the environment of {_interpreter()}.")
     print("\nTo compile a host:\n")

@@ -415,7 +415,7 @@ def recurrent_backward(
                 d_hat = d_shown * gains[4]
                 row_turn += 1
                 first_mean, second_mean = norm.means(
-                    d_hat, d_hat * c_hat, in_batch, row_turn, room, step, spin_limit,
+                    d_hat, d_hat * c_hat, inside, in_batch, row_turn, room, step, spin_limit,
                     H, HX, BLOCK_H, BLOCK_B, SINGLE, AMD, WARPS,
                 )  # fmt: skip
                 normed = (shown, norm.through(d_hat, c_hat, first_mean, second_mean, inverse_c))
@@ -445,8 +445,8 @@ def recurrent_backward(
                 r_i, r_f, r_g, r_o = r_i.to(tl.float32), r_f.to(tl.float32), r_g.to(tl.float32), r_o.to(tl.float32)
                 row_turn += 1
                 first_mean, second_mean = norm.means(
-                    (di + df) + (dg + do), (di * r_i + df * r_f) + (dg * r_g + do * r_o), in_batch, row_turn, room,
-                    step, spin_limit, 4 * H, HX, BLOCK_H, BLOCK_B, SINGLE, AMD, WARPS,
+                    (di + df) + (dg + do), (di * r_i + df * r_f) + (dg * r_g + do * r_o), inside, in_batch, row_turn,
+                    room, step, spin_limit, 4 * H, HX, BLOCK_H, BLOCK_B, SINGLE, AMD, WARPS,
                 )  # fmt: skip
                 own_i = tl.where(active, norm.through(di, r_i, first_mean, second_mean, inverse_r), 0.0).to(dtype)
                 own_f = tl.where(active, norm.through(df, r_f, first_mean, second_mean, inverse_r), 0.0).to(dtype)

@@ -321,7 +321,8 @@ def recurrent_forward(
                     at = products_ptr + tl.expand_dims(row * (4 * HX) + unit_of_cell * 4, 3) + gate
                     hats = layout.join_gates(r_i.to(dtype), r_f.to(dtype), r_g.to(dtype), r_o.to(dtype))
                     tl.store(at, hats, mask=in_gates)
-                    tl.store(statistics_ptr + row * norm.STATISTICS, inverse, mask=in_batch & (block == 0))
+                    at = statistics_ptr + row * norm.STATISTICS + unit_of_cell * 0
+                    tl.store(at, inverse, mask=in_batch & (unit_of_cell == 0))
                 r_i, r_f, r_g, r_o = r_i * gains[0], r_f * gains[1], r_g * gains[2], r_o * gains[3]
             i, f, g, o, c_new, h_new = cell.forward(
                 r_i + p_i.to(tl.float32), r_f + p_f.to(tl.float32), r_g + p_g.to(tl.float32), r_o + p_o.to(tl.float32),
@@ -334,9 +335,9 @@ def recurrent_forward(
                     H, HX, BLOCK_H, BLOCK_B, SINGLE, AMD, WARPS,
                 )  # fmt: skip
                 if SAVE:
-                    at = statistics_ptr + row * norm.STATISTICS
-                    tl.store(at + 1, mean, mask=in_batch & (block == 0))
-                    tl.store(at + 2, inverse, mask=in_batch & (block == 0))
+                    at = statistics_ptr + row * norm.STATISTICS + unit_of_cell * 0
+                    tl.store(at + 1, mean, mask=in_batch & (unit_of_cell == 0))
+                    tl.store(at + 2, inverse, mask=in_batch & (unit_of_cell == 0))
                 shown = (c_new - mean) * inverse * gains[4] + gains[5]
                 h_new = o * cell.activation(shown, SHOWN, EXACT, AMD)
             if ZONEOUT_H > 0 or ZONEOUT_C > 0:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import platform
 import random
+import re
+import shutil
 import subprocess
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import triton
 from cffi import FFI
 
 from tritlstm import plan
-from tritlstm.capi import aot, build
+from tritlstm.capi import aot, build, ptxas
 from tritlstm.plan import DEVICES
 
 SMALL = "sm_90,fp16,H32,step"
@@ -74,23 +80,136 @@ def test_inflate_survives_damage(inflate: Any) -> None:
     assert accepted < 400
 
 
-def built_files(folder: Path) -> dict[str, bytes]:
-    aot.sources(folder, SMALL, 1)
-    script = (folder / "cuda_images.S").read_bytes().replace(bytes(folder), b"")
-    return {"images": (folder / "cuda_images.bin").read_bytes(), "table": (folder / "cuda_table.c").read_bytes(),
-            "script": script}  # fmt: skip
+# -- the same bytes every time ------------------------------------------------------------------------------
+
+
+#: By itself ptxas 13.1 makes either of two codes of each of the six products for sm_100, as it happens.
+VARYING = "sm_100,fp16,H32,step"
+
+
+def built_files(prefix: Path, where: Path, images: str, **environment: str) -> dict[str, bytes]:
+    """What build-c writes into ``prefix``, run from a folder of its own with nothing cached."""
+    for name in ("home", "tmp"):
+        (where / name).mkdir(parents=True)
+    paths = {"HOME": str(where / "home"), "TMPDIR": str(where / "tmp")}
+    kept = {key: value for key, value in os.environ.items() if key not in ("TRITON_CACHE_DIR", "TRITON_HOME")}
+    command = [sys.executable, "-m", "tritlstm", "build-c", prefix, "--engine", "aot", "--images", images]
+    done = subprocess.run(
+        command, cwd=where, env={**kept, **paths, **environment}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "note: " not in done.stdout
+    assert not list((where / "tmp").iterdir())
+    return {str(path.relative_to(prefix)): path.read_bytes() for path in sorted(prefix.rglob("*")) if path.is_file()}
 
 
 @pytest.mark.timeout(600)
-def test_the_same_bytes_every_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_bytes_in_every_build(tmp_path: Path) -> None:
+    first = built_files(tmp_path / "first", tmp_path / "here", VARYING)
+    where = tmp_path / "a much longer path" / "of another folder"
+    second = built_files(tmp_path / "the" / "second one", where, VARYING, LARGE="x" * 30000, LC_ALL="C", CC="gcc -g0")
+    assert list(first) == list(second)
+    assert [name for name in first if first[name] != second[name]] == []
+    library = tmp_path / "first/lib/libtritlstm.so"
+    done = subprocess.run(["readelf", "-d", library], check=True, capture_output=True, text=True)
+    needed = {name.split(".")[0] for name in re.findall(r"\(NEEDED\)[^\[]*\[([^\]]+)\]", done.stdout)}
+    if platform.machine() == "x86_64" and not build.accepts(build.compiler(), build.DESCRIPTORS):
+        needed.discard("ld-linux-x86-64")
+    assert needed == {"libc"}
+
+
+def sass_of(ptx: Path, folder: Path, before: tuple[str, ...] = (), **environment: str) -> bytes:
+    """What the ptxas that Triton is told of makes of ``ptx`` for sm_100, called as Triton does."""
+    folder.mkdir(parents=True)
+    source = folder / f"tmp{'y' * (len(environment) // 3)}.ptx"
+    source.symlink_to(ptx)
+    tool = triton.knobs.nvidia.ptxas_blackwell.path
+    words = [*before, tool, "-v", "--gpu-name=sm_100a", source, "-o", f"{source}.o"]
+    subprocess.run(words, check=True, cwd=folder, env={**os.environ, **environment}, stderr=subprocess.DEVNULL)
+    assert sorted(folder.iterdir()) == [source, Path(f"{source}.o")]
+    return Path(f"{source}.o").read_bytes()
+
+
+@pytest.mark.timeout(600)
+def test_ptxas_makes_one_code_wherever_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    product = next(k for k in aot.kernels(aot.parse(VARYING)) if k.launch.kernel == "product")
+    (tmp_path / "product.ptx").write_bytes(aot.compile_kernel(product).ptx)
     found = []
-    for name in ("first", "second"):
-        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / f"cache-{name}"))
-        found.append(built_files(tmp_path / name))
-    assert found[0] == found[1]
+    for length in (1, 60):
+        moved = tmp_path / ("m" * length) / "ptxas-blackwell"
+        moved.parent.mkdir()
+        shutil.copy(triton.knobs.nvidia.ptxas_blackwell.path, moved)
+        with monkeypatch.context() as patch:
+            patch.setenv("TRITON_PTXAS_BLACKWELL_PATH", str(moved))
+            with ptxas.steady() as reason:
+                assert reason is None
+                for number in range(4):
+                    extra = {f"X{k}": "y" * 211 for k in range(number * length)}
+                    found.append(sass_of(tmp_path / "product.ptx", tmp_path / f"run-{length}-{number}", **extra))
+                limited = ("sh", "-c", 'ulimit -s 1024; exec "$0" "$@"')
+                found.append(sass_of(tmp_path / "product.ptx", tmp_path / f"run-{length}-limited", limited))
+    assert len(set(found)) == 1
+
+
+def test_steady_leaves_the_environment_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/cache")
+    monkeypatch.delenv("TRITON_PTXAS_PATH", raising=False)
+    before, own = dict(os.environ), triton.knobs.nvidia.ptxas
+    with ptxas.steady() as reason:
+        assert reason is None
+        steadied = triton.knobs.nvidia.ptxas
+        assert steadied.path != own.path
+        assert steadied.version == own.version
+        assert Path(triton.knobs.cache.dir).parent == Path("/cache")
+    assert os.environ == before
+    assert not Path(steadied.path).exists()
+
+
+def test_a_compiler_for_another_machine_is_not_taken_for_ptxas() -> None:
+    with ptxas.steady("false") as reason:
+        assert reason is None
+
+
+def test_a_build_that_can_not_be_steady_goes_on_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aot, "compile_all", lambda *_: [])
+    before = dict(os.environ)
+    for text, words in (
+        ("#error no", r"cc can't compile heap\.c: "),
+        ("int x;", r"/ptxas does not run with heap\.c by cc: it was not loaded"),
+    ):
+        (tmp_path / "heap.c").write_text(text)
+        monkeypatch.setattr(ptxas, "HEAP", tmp_path / "heap.c")
+        notes: list[str] = []
+        aot.sources(tmp_path / "out", SMALL, note=notes.append)
+        (note,) = notes
+        assert re.match(rf"another build of these images may differ from this one, byte for byte: \S*{words}", note)
+        with pytest.warns(UserWarning, match="another build of these images may differ"):
+            aot.sources(tmp_path / "out", SMALL)
+    assert os.environ == before
+
+
+def test_ptxas_memory_lies_at_the_same_addresses_in_every_run(tmp_path: Path) -> None:
+    user = Path(__file__).parent / "capi_hosts/ptxas_heap_user.c"
+    strict = ["-std=c11", "-O1", "-fno-builtin", "-Wall", "-Wextra", "-Werror"]
+    subprocess.run(["cc", *strict, "-o", tmp_path / "user", user], check=True)
+    subprocess.run(["cc", *strict, "-shared", "-fPIC", "-o", tmp_path / "heap.so", ptxas.HEAP], check=True)
+    said = []
+    for extra in ({}, {"X": "y" * 5000}):
+        environment = {"LD_PRELOAD": str(tmp_path / "heap.so"), **extra}
+        done = subprocess.run([tmp_path / "user"], env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout
+        said.append(done.stdout)
+    assert re.fullmatch(r"[0-9a-f]{16}\n", said[0])
+    assert said[0] == said[1]
+
+
+def test_images_are_small_and_know_no_path() -> None:
     images = aot.compile_all(aot.parse(SMALL), 1)
     assert all(str(build.SOURCE.parent).encode() not in image.code for _, image in images)
     assert max(len(image.code) for _, image in images) < 48 << 10
+
+
+# -- what is refused ----------------------------------------------------------------------------------------
 
 
 def launch_of(**changes: Any) -> aot.Kernel:

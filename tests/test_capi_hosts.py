@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -165,13 +166,11 @@ def test_the_python_engine_exports_its_start_alone(built):
 def test_the_library_needs_libc_alone_and_knows_no_path(either):
     assert dynamic(either.library, "SONAME") == [f"lib{either.name}.so.0"]
     engine = [either.directory / "lib/tritlstm/python_engine.so"] if either.engine == "python" else []
+    # Without descriptors thread-local storage is found through a function of ld.so.
+    described = platform.machine() != "x86_64" or build.accepts(build.compiler(), build.DESCRIPTORS)
+    loader = set() if described else {"ld-linux-x86-64"}
     for library in (either.library, *engine):
-        assert {name.split(".")[0] for name in dynamic(library, "NEEDED")} <= {
-            "libc",
-            "libm",
-            "ld-linux-x86-64",
-            "ld-linux-aarch64",
-        }
+        assert {name.split(".")[0] for name in dynamic(library, "NEEDED")} - loader == {"libc"}
         assert not dynamic(library, "RPATH")
         assert not dynamic(library, "RUNPATH")
         content = library.read_bytes()

@@ -585,11 +585,13 @@ def test_the_matrix_instruction_that_is_meant(
     assert meant is None if name is None else meant is not None and meant.fullmatch(name)
 
 
-@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
-def test_a_random_size_is_planned_like_one_that_is_compiled(arch: str) -> None:
+@pytest.mark.parametrize(("arch", "variant"), [("sm_90", "plain"), ("gfx942", "plain"), ("sm_80", "norm")])
+def test_a_random_size_is_planned_like_one_that_is_compiled(arch: str, variant: str) -> None:
     """`configurations` asks the planner at some sizes only; 99 of 100 others must lead to the same kernels."""
-    device, draw = plan.DEVICES[arch], random.Random(0)
-    known = {inspect_kernels.configuration_key(c) for c in inspect_kernels.configurations(device)}
+    device, draw, normed = plan.DEVICES[arch], random.Random(0), variant == "norm"
+    known = {
+        inspect_kernels.configuration_key(c) for c in inspect_kernels.configurations(device, variant=variant)
+    }
     products = [p for p in inspect_kernels.PRODUCTS if arch.startswith("sm") or p != (FP32, "tf32")]
     missing = []
     for _ in range(1000):
@@ -598,17 +600,32 @@ def test_a_random_size_is_planned_like_one_that_is_compiled(arch: str) -> None:
         dtype, precision = draw.choice(products)
         direction, length = draw.choice(("forward", "backward")), draw.choice((1, 2))
         chains, stacked = draw.choice((1, 2, draw.randint(2, 32))), draw.random() < 0.3
+        chains = 1 if normed else chains
         stacked = stacked and chains > 1
-        fixed = (dtype, device, precision, True, None, chains, stacked)
+        fixed = (dtype, device, precision, True, None, chains, stacked, normed)
         try:
             chosen = plan.recurrent(direction, length, batch, hidden, *fixed)
         except plan.PlanError:
-            assert chains > 1
+            assert chains > 1 or (normed and hidden > 512)
             continue
         here = Configuration(inspect_kernels.recurrent_launch(chosen), chosen, dtype, device)
         if inspect_kernels.configuration_key(here) not in known:
             missing.append((direction, length, batch, hidden, dtype, precision, chains, stacked))
     assert len(missing) <= 10, missing
+
+
+@pytest.mark.parametrize("variant", inspect_kernels.VARIANTS[1:])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_variant_of_the_cell_adds_its_arguments(direction: str, variant: str) -> None:
+    chosen = plan.recurrent(direction, 8, 16, 512, FP16, plan.DEVICES["sm_90"], normed=variant != "cell")
+    launch = inspect_kernels.recurrent_launch(chosen, variant=variant)
+    types, constants, _ = inspect_kernels.signature(launch)
+    normed = {"norm_ptr": "*fp32", "rows_ptr": "*i64", "products_ptr": "*fp16", "statistics_ptr": "*fp32"}
+    optional = {"cuts_ptr": "*i32", "peephole_ptr": "*fp16", "h_scale_ptr": "*fp32", "noise_ptr": "*i64"}
+    for arguments, given in ((normed, variant != "cell"), (optional, variant != "norm")):
+        meant = arguments if given else dict.fromkeys(arguments, "constexpr")
+        assert {name: types[name] for name in arguments} == meant
+    assert constants.get("COUPLED", False) == (variant != "norm")
 
 
 # The command
@@ -620,7 +637,7 @@ ARCHES = ["--arch", "sm_90", "--arch", "gfx942"]
 def three(monkeypatch: pytest.MonkeyPatch) -> list[Configuration]:
     """Three configurations to be chosen from, and a compiler that makes them up."""
     some = [configuration(tier="persistent"), configuration(tier="streaming"), configuration(tier="step")]
-    monkeypatch.setattr(inspect_kernels, "configurations", lambda device, products: some)
+    monkeypatch.setattr(inspect_kernels, "configurations", lambda device, products, variant: some)
 
     def work(item: tuple[Configuration, str]) -> dict[str, Any]:
         resident = item[0].plan.tier == "persistent"
@@ -696,7 +713,7 @@ def test_what_does_not_compile_is_a_row_with_its_reason(
 ) -> None:
     monkeypatch.undo()
     broken = dataclasses.replace(three[0], launch=dataclasses.replace(three[0].launch, kernel="no_such_kernel"))
-    monkeypatch.setattr(inspect_kernels, "configurations", lambda device, products: [broken])
+    monkeypatch.setattr(inspect_kernels, "configurations", lambda device, products, variant: [broken])
     path = tmp_path / "rows.json"
     assert command("--arch", "sm_90", "--json", str(path)) == 1
     (only,) = json.loads(path.read_text())
@@ -726,6 +743,16 @@ def test_list_and_match_choose_without_compiling(
     assert command("--arch", "sm_90", "--list", "--match", "streaming", "--match", " step,") == 0
     lines = capsys.readouterr().out.splitlines()
     assert [re.sub(r".* H=512 (\w+),.*", r"\1", line) for line in lines] == ["streaming", "step"]
+
+
+def test_the_list_of_a_variant(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--arch", "sm_90", "--dtype", "bf16", "--variant", "norm", "--list"]
+    parser = argparse.ArgumentParser()
+    inspect_kernels.add_arguments(parser)
+    assert inspect_kernels.run(parser.parse_args(words)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split()[:2] == ["sm_90", "norm"] for line in lines} == {True}
+    assert not [line for line in lines if "gate_gemm" in line or " step," in line or "chains" in line]
 
 
 def test_two_processes_give_the_rows_of_one(tmp_path: Path) -> None:

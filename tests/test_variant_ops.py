@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tritlstm import emulator, inspect_kernels, layer, plan, random_bits, reference, variant_ops
+from tritlstm import emulator, inspect_kernels, plan, random_bits, reference, variant_ops
 from tritlstm.cell_options import ACTIVATIONS, STANDARD, Cell
 
 CUDA = torch.cuda.is_available()
@@ -307,14 +307,7 @@ class TestKernels:
     def test_everything_at_once_compiles_without_spilling(self, direction):
         """The interpreter accepts more than the compiler does."""
         chosen = plan.recurrent(direction, 64, 16, 256, torch.float16, plan.DEVICES["sm_90"])
-        cell = Cell(None, None, None, None, True, 2.0, 0.1, 0.2, (3, 1, 4))
-        chosen = layer._with_cell(chosen, cell, **({"SEPARATE_OUT": True} if direction == "forward" else {}))
-        launch = inspect_kernels.recurrent_launch(chosen)
-        dtypes = {"cuts_ptr": torch.int32, "peephole_ptr": torch.float16, "h_scale_ptr": torch.float32}
-        dtypes |= {"noise_ptr": torch.int64}
-        dtypes |= {"entry_ptr": torch.float16} if direction == "forward" else {"grad_h_ptr": torch.float32}
-        added = {name: torch.empty(1, dtype=dtype, device="meta") for name, dtype in dtypes.items()}
-        launch = dataclasses.replace(launch, arguments={**launch.arguments, **added})
+        launch = inspect_kernels.recurrent_launch(chosen, variant="cell")
         compiled = inspect_kernels.compile_launch(launch, "sm_90")
         _, resources = inspect_kernels.read_code(compiled, launch)
         assert resources.spill_bytes == 0

@@ -13,6 +13,7 @@ A row of the JSON describes one compiled kernel:
 ``weights_resident``      whether ``w_hh`` is read before the time loop and not inside it
 ``exchange_reads``        loads of other blocks' results: counts by opcode; ``exchange_read_bytes`` of each
 ``layout_conversions``    operations in the time loop that move a tile between threads
+``variant``               of the cell: an option of ``--variant``
 ``problems``              what is wrong with it, in words; empty if nothing is
 ``versions``              of triton and torch
 ========================  ============================================================================
@@ -63,6 +64,8 @@ BATCH_SIZES = (1, 16, 17, 32, 33, 48, 64, 65, 96, 128, 129, 192, 256, 384, 512, 
 CHAINS = (1, 2, 4, 16)
 #: Layers as a wavefront.
 LAYERS = (2, 3, 4, 8)
+#: Of the cell: none; all its options at once, which need the most registers; layer norm; all options and layer norm.
+VARIANTS = ("plain", "cell", "norm", "cell-norm")
 #: Parameters of the kernels that only a wavefront has.
 STACK = ("input_ptr", "below_ptr", "bias_ptr", "above_ptr")
 #: Added to a hidden size for the uneven variant: no multiple of 8, so every mask is needed.
@@ -102,14 +105,16 @@ class Configuration:
     plan: RecurrentPlan | GemmPlan
     dtype: torch.dtype
     device: Device
+    variant: str = "plain"
 
 
 def _meta(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def recurrent_launch(chosen: RecurrentPlan, lengths: bool = False) -> Launch:
+def recurrent_launch(chosen: RecurrentPlan, lengths: bool = False, variant: str = "plain") -> Launch:
     """The launch of a plan with tensors that have a dtype but no memory."""
+    chosen, added = _with_variant(chosen, variant)
     value, single = _meta(chosen.dtype, 1), _meta(torch.float32, 1)
     word = _meta(torch.int32, 1)
     names = inspect.signature(kernel_function(plan.KERNELS[chosen.direction]).fn).parameters
@@ -130,7 +135,31 @@ def recurrent_launch(chosen: RecurrentPlan, lengths: bool = False) -> Launch:
             given[name] = single if name in fp32 else value
         elif name not in chosen.constants and name not in {"n_tiles", "spin_limit"}:
             given[name] = 3
-    return chosen.launch(given)
+    return chosen.launch(given | added)
+
+
+def _with_variant(chosen: RecurrentPlan, variant: str) -> tuple[RecurrentPlan, dict[str, torch.Tensor]]:
+    """A plan of `VARIANTS`, and the arguments that it adds to the plain cell's."""
+    from . import layer
+    from .cell_options import Cell
+
+    forward, value = chosen.direction == "forward", chosen.dtype
+    names: dict[str, torch.dtype] = {}
+    if variant.startswith("cell"):
+        cell = Cell(coupled=True, cell_clip=2.0, zoneout_h=0.1, zoneout_c=0.2, activations=(3, 1, 4))
+        chosen = layer._with_cell(chosen, cell, **({"SEPARATE_OUT": chosen.tier != "single"} if forward else {}))
+        names |= {"cuts_ptr": torch.int32, "peephole_ptr": value, "h_scale_ptr": torch.float32}
+        names |= {"noise_ptr": torch.int64}
+        names |= {"entry_ptr": value} if forward else {"grad_h_ptr": torch.float32}
+    if variant.endswith("norm"):
+        names["norm_ptr"] = torch.float32
+        if chosen.tier != "single":
+            names["rows_ptr"] = torch.int64
+        if chosen.save:
+            names |= {"products_ptr": value, "statistics_ptr": torch.float32}
+        if not forward:
+            names |= {"grad_pre_ptr": value, "grad_norm_ptr": torch.float32}
+    return chosen, {name: _meta(dtype, 1) for name, dtype in names.items()}
 
 
 def gemm_launch(chosen: GemmPlan, dtype: torch.dtype) -> Launch:
@@ -145,16 +174,17 @@ def recurrent_key(chosen: RecurrentPlan) -> tuple:
             chosen.num_warps, chosen.poll, chosen.chains > 1, chosen.stacked)  # fmt: skip
 
 
-def configurations(device: Device, products: Any = PRODUCTS) -> list[Configuration]:
+def configurations(device: Device, products: Any = PRODUCTS, variant: str = "plain") -> list[Configuration]:
     """Every configuration the planner can choose on ``device``, once, at the largest H it is chosen for.
 
     The kernels of training come a second time at a hidden size that is no multiple of 8 and with ``lengths``, which
-    need the most registers; the forward kernel a second time for inference.
+    need the most registers; the forward kernel a second time for inference. Of another ``variant`` than the plain
+    cell there are the recurrent kernels only, and none side by side.
     """
     found: dict[tuple, Configuration] = {}
 
     def keep(launch: Launch, chosen: RecurrentPlan | GemmPlan, dtype: torch.dtype) -> None:
-        configuration = Configuration(launch, chosen, dtype, device)
+        configuration = Configuration(launch, chosen, dtype, device, variant)
         key = configuration_key(configuration)
         if key not in found or found[key].plan.hidden < chosen.hidden:
             found[key] = configuration
@@ -162,22 +192,23 @@ def configurations(device: Device, products: Any = PRODUCTS) -> list[Configurati
     for dtype, precision in products:
         if device.arch.startswith("gfx") and precision == "tf32" and dtype == torch.float32:
             continue  # dot_precision never asks for it there
-        side_by_side = itertools.product(("forward", "backward"), (1, 2), CHAINS, (False,))
-        stacked = itertools.product(("forward", "backward"), (2,), LAYERS, (True,))
+        plain, normed = variant == "plain", variant.endswith("norm")
+        side_by_side = itertools.product(("forward", "backward"), (1, 2), CHAINS if plain else (1,), (False,))
+        stacked = itertools.product(("forward", "backward"), (2,), LAYERS if plain else (), (True,))
         for direction, length, chains, is_stacked in (*side_by_side, *stacked):
-            fixed = (dtype, device, precision, True, None, chains, is_stacked)
+            fixed = (dtype, device, precision, True, None, chains, is_stacked, normed)
             for sizes in _sizes_by_kernel(direction, length, *fixed):
                 largest = plan.recurrent(direction, length, sizes[0][1], sizes[0][0], *fixed)
-                keep(recurrent_launch(largest), largest, dtype)
+                keep(recurrent_launch(largest, variant=variant), largest, dtype)
                 if direction == "forward":
                     inference = dataclasses.replace(largest, save=False)
-                    keep(recurrent_launch(inference), inference, dtype)
+                    keep(recurrent_launch(inference, variant=variant), inference, dtype)
                 for hidden, batch in sizes:
                     uneven = plan.recurrent(direction, length, batch, hidden + UNEVEN, *fixed)
-                    keep(recurrent_launch(uneven, lengths=True), uneven, dtype)
+                    keep(recurrent_launch(uneven, True, variant), uneven, dtype)
                     if recurrent_key(uneven) == recurrent_key(largest):
                         break
-        for hidden in HIDDEN_SIZES:
+        for hidden in HIDDEN_SIZES if plain else ():
             for rows in (1, 16, 17, 256, 4096, 1 << 20):
                 for h in (hidden, hidden + UNEVEN):
                     g = plan.gate_gemm(rows, h, h, dtype, device, precision)
@@ -381,7 +412,8 @@ def _heading(configuration: Configuration, arch: str) -> dict[str, Any]:
         config |= {"tier": chosen.tier, "protocol": chosen.protocol, "planned_shared_bytes": chosen.shared_bytes}
     versions = {"triton": _triton_version(), "torch": torch.__version__}
     dtype = TYPE_NAMES[configuration.dtype]
-    return {"kernel": launch.kernel, "config": config, "arch": arch, "dtype": dtype, "versions": versions}
+    common = {"kernel": launch.kernel, "variant": configuration.variant, "config": config}
+    return common | {"arch": arch, "dtype": dtype, "versions": versions}
 
 
 def _triton_version() -> str:
@@ -432,6 +464,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``tritlstm kernels``."""
     parser.add_argument("--arch", action="append", choices=sorted(plan.DEVICES), help="repeatable; default: all")
     parser.add_argument("--dtype", action="append", choices=("fp16", "bf16", "fp32"), help="repeatable; default: all")
+    parser.add_argument("--variant", choices=VARIANTS, default="plain",
+                        help="of the cell: plain, all its options at once, layer norm, or both; default: plain"
+                        )  # fmt: skip
     parser.add_argument("--match", action="append", default=[], metavar="TEXT",
                         help="only configurations whose line in --list contains this text; repeatable: one of them"
                         )  # fmt: skip
@@ -455,6 +490,8 @@ def describe(configuration: Configuration) -> str:
     if isinstance(chosen, RecurrentPlan):
         mode = chosen.direction + (" training" if chosen.save and chosen.direction == "forward" else "")
         lengths = " lengths" if configuration.launch.arguments["lengths_ptr"] is not None else ""
+        if configuration.variant != "plain":
+            mode = f"{configuration.variant} {mode}"
         return f"{mode} {dtype} H={chosen.hidden}{lengths} {chosen.describe()}, poll {chosen.poll}"
     tile = f"{chosen.block_m}x{chosen.block_n}x{chosen.block_k}"
     return f"gate_gemm {dtype} D=H={chosen.hidden} tile {tile}, {chosen.num_warps} warps"
@@ -582,7 +619,7 @@ def run(args: argparse.Namespace) -> int:
     work = [
         (configuration, arch)
         for arch in dict.fromkeys(args.arch or plan.DEVICES)
-        for configuration in configurations(plan.DEVICES[arch], products)
+        for configuration in configurations(plan.DEVICES[arch], products, args.variant)
         if not args.match or any(text in describe(configuration) for text in args.match)
     ]
     if not work:

@@ -416,7 +416,7 @@ def _most_cells(problem: _Problem, tier: str, block_b: int) -> float:
         if few and problem.direction == "backward":
             return 2
         return 8 if problem.direction == "forward" or block_b == 16 else 0
-    if problem.stacked:
+    if problem.stacked or (problem.normed and tier == "streaming" and problem.device.matrix_rows == 16):
         return 2
     return 2 if problem.element == 4 and (few or problem.direction == "backward") else 4
 

@@ -2,7 +2,6 @@
 #include "host_numbers.h"
 #include "tritlstm.h"
 
-#include <math.h>
 #include <string.h>
 
 static uint32_t bits_of(float value)
@@ -129,14 +128,14 @@ static uint32_t draw(host_random *random)
     return y ^ y >> 18;
 }
 
-/* A word's lower 24 or 53 bits as a number in [0, 1), scaled with one rounding; the 16-bit types take floats and round
- * them, and where that gives the upper bound, which is excluded, the lower one. */
+/* A word's lower 24 or 53 bits k as bound (2 k / 2^bits - 1), rounded once: the factor in brackets is exact. The 16-bit
+ * types take floats and round them, and where that gives the upper bound, which is excluded, the lower one. */
 void host_random_uniform_float(host_random *random, int32_t dtype, double bound, size_t count, float *to)
 {
     float end = (float)bound, rounded = end;
     host_round_float(dtype, &rounded, 1);
     for (size_t k = 0; k < count; k++)
-        to[k] = (float)fma((draw(random) & 0xFFFFFF) / 16777216.0, end + end, -end);
+        to[k] = (float)(end * (((draw(random) & 0xFFFFFF) - 8388608.0) / 8388608.0)); /* in double, exact */
     host_round_float(dtype, to, count);
     for (size_t k = 0; k < count; k++)
         if (dtype != TRITLSTM_FLOAT32 && to[k] >= rounded) to[k] = -rounded;
@@ -147,6 +146,6 @@ void host_random_uniform_double(host_random *random, int32_t dtype, double bound
     (void)dtype;
     for (size_t k = 0; k < count; k++) {
         uint64_t high = draw(random), word = (high << 32 | draw(random)) & ((1ull << 53) - 1);
-        to[k] = fma((double)word / 9007199254740992.0, bound + bound, -bound);
+        to[k] = bound * (((double)word - 4503599627370496.0) / 4503599627370496.0);
     }
 }
