@@ -172,6 +172,33 @@ class Tritlstm(Provider):
         return _TritlstmRunner(problem)
 
 
+class _ExplicitRunner(_TritlstmRunner):
+    def __call__(self, inputs: Inputs) -> Result:
+        if inputs.resets is not None:
+            return self.with_resets(inputs)
+        from tritlstm import functional
+
+        lengths = None if inputs.lengths is None else inputs.lengths.to(torch.int32)
+        module: Any = self.module
+        states, weights = (inputs.h0, inputs.c0), list(self.params.values())
+        return functional.run_layers(inputs.x, lengths, states, weights, module._options())
+
+
+class Explicit(Provider):
+    name = "explicit"
+    label = "explicit backward"
+    included = (
+        "what tritlstm.LSTM would run on a CPU if it never ran torch's own LSTM (tritlstm.cpu): input product, biases, "
+        "final states; lengths as they are; fwdbwd: gradients of input, weights and biases"
+    )
+
+    def available(self, device: torch.device) -> str | None:
+        return None if device.type == "cpu" else "for a CPU; on a GPU tritlstm.LSTM runs the kernels, always"
+
+    def build(self, problem: Problem) -> Runner:
+        return _ExplicitRunner(problem)
+
+
 def cell_step(gates_x: Tensor, h: Tensor, c: Tensor, w_hh_t: Tensor) -> tuple[Tensor, Tensor]:
     """One step as anyone would write it, with the gate algebra in the dtype of c. `gates_x` [B, 4H]."""
     gates = torch.addmm(gates_x, h, w_hh_t).to(c.dtype)
@@ -429,6 +456,7 @@ PROVIDERS: dict[str, Provider] = {
     for provider in (
         Tritlstm(),
         TorchLSTM(),
+        Explicit(),
         CompiledLoop(),
         EagerLoop(),
         FlashRNN(),

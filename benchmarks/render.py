@@ -21,6 +21,7 @@ SWEEPS = {"over-H": "H", "over-B": "B"}
 _COLOURS = {
     "tritlstm": "#d55e00",
     "torch": "#0072b2",
+    "explicit": "#882255",
     "compiled-loop": "#009e73",
     "eager-loop": "#7f7f7f",
     "flashrnn": "#cc79a7",
@@ -28,7 +29,7 @@ _COLOURS = {
     "flashrnn-triton": "#8b6f00",
     "torchrl": "#56b4e9",
 }
-_MARKERS = dict(zip(_COLOURS, "osD^vP*X", strict=True))
+_MARKERS = dict(zip(_COLOURS, "os<D^vP*X", strict=True))
 
 
 class MissingExtraError(Exception):

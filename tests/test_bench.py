@@ -545,7 +545,7 @@ def test_providers_take_turns_and_each_round_begins_with_another():
     calls = {name: (lambda index, name=name: order.append(name)) for name in "abc"}
     samples = timing.take_turns(calls, Noting(), timing.Effort(budget_ms=12, rounds=3, fewest=3))
     assert {name: len(times) for name, times in samples.items()} == {"a": 12, "b": 12, "c": 12}
-    assert "".join(order) == "aabbcc" + "abc" + "bca" + "cab"
+    assert "".join(order) == "aabbcc" + "abc" + "bac" + "cab"
 
 
 def test_schedule_keeps_to_the_budget_the_minimum_and_the_maximum():
@@ -575,7 +575,7 @@ def test_rows_carry_every_key_and_consistent_numbers(tmp_path, monkeypatch):
     run = make_session(tmp_path / "rows.jsonl", note="a remark")
     assert run.run([SMALL, RESETS], providers.choose(None))
     got = run.store.rows
-    able = {"tritlstm", "torch", "compiled-loop", "eager-loop"}
+    able = {"tritlstm", "torch", "explicit", "compiled-loop", "eager-loop"}
     assert {(r["case"], r["provider"], r["pass"]) for r in got if r["case"] == SMALL.name} == {
         (SMALL.name, name, which) for name in able for which in PASSES
     }
@@ -658,7 +658,7 @@ def test_an_interrupted_run_keeps_its_rows_and_goes_on(tmp_path):
 
     class Interrupting(TickTimer):
         def sample(self, call: timing.Call, count: int) -> list[float]:
-            if self.calls > 12:
+            if self.calls > 20:
                 raise KeyboardInterrupt
             return super().sample(call, count)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 
 import tritlstm
-from tritlstm import aten, emulator, functional, plan
+from tritlstm import aten, cpu, emulator, functional, plan
 from tritlstm.kernels.launch import Launch
 
 T, B, D, H = 6, 40, 24, 72
@@ -50,6 +50,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> Taken:
     monkeypatch.setattr(functional._VF, "lstm", record("torch", functional._VF.lstm), raising=False)
     monkeypatch.setattr(functional._VF, "lstm_cell", record("torch", functional._VF.lstm_cell), raising=False)
     monkeypatch.setattr(aten, "forward", record("aten", aten.forward))
+    monkeypatch.setattr(cpu, "forward", record("aten", cpu.forward))
     return taken
 
 

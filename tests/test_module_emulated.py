@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import tritlstm
-from tritlstm import aten, emulator, ops
+from tritlstm import aten, cpu, emulator, ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 T, B, D, H = 4, 3, 5, 12
@@ -133,8 +133,25 @@ def test_the_kernels_are_what_runs():
     x = torch.zeros(1, 1, 1, device=DEVICE)
     with kernels():
         assert ops._engine(x).__name__ == "tritlstm.layer"
-        assert ops._engine(x.double()) is aten
-    assert ops._engine(x.cpu()) is aten
+        assert ops._engine(x.double()) is (aten if x.is_cuda else cpu)
+    assert ops._engine(x.cpu()) is cpu
+
+
+def test_results_of_backward_that_are_not_needed_are_tensors_of_their_own():
+    x, w_ih, w_hh, state = on_device(*(torch.zeros(s) for s in ((2, 1, 3), (16, 3), (16, 4), (1, 4))))
+    with kernels():
+        out, _, _, gates, cells = torch.ops.tritlstm.layer(
+            x, w_ih, w_hh, None, None, state, state, None, False, True
+        )
+        grads = torch.ops.tritlstm.layer_backward(
+            out, None, None, x, w_ih, w_hh, state, state, None, out, gates, cells, False, [False] * 7
+        )
+        engine = ops._engine(x)
+        more = engine.backward(
+            out, None, None, x, w_ih, w_hh, state, state, None, out, gates, cells, False, (False,) * 8
+        )
+    assert all(g.shape == (0,) for g in (*grads, *more))
+    assert len({id(g) for g in more}) == len(more) == 8
 
 
 def test_inference_gives_the_bits_of_training():

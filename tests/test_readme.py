@@ -211,7 +211,7 @@ def test_the_versions_are_those_that_make_sets_up():
 
 
 def test_the_figures_of_the_speed_are_those_that_were_kept():
-    kept = (ROOT / "benchmarks/results/amd-epyc-2026-11-23-cpu.md").read_text()
+    kept = (ROOT / "benchmarks/results/intel-xeon-2026-11-25-cpu-1-thread.md").read_text()
     forward, backward, cases = re.search(
         r"geometric mean ([\d.]+)× forward, ([\d.]+)×\s+with backward, (\d+) cases", PROSE
     ).groups()

@@ -2,7 +2,7 @@
 
 This is what the operators of `tritlstm.ops` and `tritlstm.variant_ops` compute where the Triton kernels do not run
 (the CPU, float64). It is the formula, not the fast path: one large product over all time steps, then a Python loop
-over them.
+over them. `tritlstm.cpu` computes the plain cell on the CPU faster; variants and derivatives of gradients come here.
 Every function here is pure and differentiable, so running `forward` and `backward` under autograd gives
 derivatives of any order.
 

@@ -116,7 +116,7 @@ def _joined(results: Any) -> Results:
 
 def _engine(x: Tensor, chains: int, hidden: int, training: bool) -> Any:
     """The module that computes all chains together, or None where they go one after another."""
-    if ops._engine(x) is aten:
+    if not ops.launches(x):
         return None
     from . import chains as engine
 
@@ -222,8 +222,8 @@ class _Chains(torch.autograd.Function):
             *grads[:3], x, w_ih, w_hh, h0, c0, lengths, out, gates, cells, ctx.reversed, needs
         )
         d_x, d_w_ih, d_w_hh, d_b, d_h0, d_c0 = (r if need else None for r, need in zip(results, needs, strict=True))
-        d_b_ih, d_b_hh = d_b if needed[3] else None, d_b if needed[4] else None
-        return d_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_h0, d_c0, None, None, None
+        d_biases = ops.of_both_biases(d_b, *needed[3:5])
+        return d_x, d_w_ih, d_w_hh, *d_biases, d_h0, d_c0, None, None, None
 
 
 def _differentiable(

@@ -115,6 +115,9 @@ def explain(
         if beyond:
             reason = f"torch's own LSTM has no {' and no '.join(beyond)}; plain PyTorch operators do"
             return Explanation("aten", reason, str(data.device), sizes, notes=own_notes)
+        if training and module.training and _explicit(module, input, lengths):
+            reason = "a training step whose explicit backward in plain PyTorch operators is faster than torch's own"
+            return Explanation("aten", reason, str(data.device), sizes, notes=own_notes)
         notes = (
             "compiled training and an export with a dynamic T run the layer in plain PyTorch operators instead",
             "tritlstm.emulator.emulate() runs the Triton kernels on a CPU, for tests",
@@ -146,6 +149,17 @@ def explain(
         return dataclasses.replace(found, notes=(*own_notes, *found.notes))
     found = _kernels(*given, training, beyond, precision)
     return dataclasses.replace(found, notes=(*own_notes, *found.notes))
+
+
+def _explicit(module: Any, input: Tensor | PackedSequence, lengths: Lengths | None) -> bool:
+    if not hasattr(module, "num_layers"):
+        return False
+    if isinstance(input, PackedSequence):
+        return functional.explicit_pays(input.data, input.batch_sizes, module._options())
+    if lengths is None:
+        x = input if input.dim() == 3 else input.unsqueeze(int(not module.batch_first))
+        return functional.explicit_pays(x, None, module._options())
+    return functional.explicit_pays(input, functional.batch_sizes_of(torch.as_tensor(lengths)), module._options())
 
 
 def _folds(module: Any) -> bool:

@@ -2,7 +2,8 @@
 
 `lstm` is the public form; `apply` is what it and `tritlstm.LSTM` share. Data take one straight walk: unpack
 or unsqueeze, check, run, undo. "Run" is `torch.ops.tritlstm.layer` once per layer and direction where the
-Triton kernels run (`runs_kernels`), and torch's own fast LSTM everywhere else.
+Triton kernels run (`runs_kernels`) and where a training step on the CPU is faster so, and torch's own fast LSTM
+everywhere else.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import _VF, Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import aten, chain_ops, ops, stack_ops
+from . import aten, chain_ops, cpu, ops, stack_ops
 from .cell_options import CellOptions
 from .ops import runs_kernels
 from .variants import Extras
@@ -23,6 +24,7 @@ from .variants import Extras
 __all__ = ["lstm"]
 
 Lengths = Tensor | Sequence[int]
+_CPU_DTYPES = (*ops.KERNEL_DTYPES, torch.float64)
 States = tuple[Tensor, Tensor]
 Input = TypeVar("Input", Tensor, PackedSequence)
 
@@ -56,7 +58,8 @@ def lstm(
         bidirectional: every layer also walks from the end to the start, with weights of its own.
         batch_first: the input and the output are [B, T, ...]; the states keep their order.
         dropout: probability with which an element of a layer's output is zeroed on its way to the next layer.
-        training: whether dropout acts.
+        training: whether dropout acts. On the CPU, without it, results and gradients are torch.nn.LSTM's to the bit;
+            with it, and a gradient to come, the steps that `tritlstm.cpu` computes faster may differ in the last bits.
         lengths: [B] integers from 0 to T, a tensor on any device or a sequence of ints, in any order; None for T
             everywhere. Outputs at positions t >= lengths[b] are zero, the reverse direction starts at a
             sequence's own end, h_n and c_n are the states there (a sequence of length 0 keeps its initial
@@ -244,12 +247,41 @@ def _run(
     extras: Extras | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     # What torch's own LSTM does not have runs in the operators everywhere.
-    if extras is not None or runs_operators(x) or (batch_sizes is None and _unrolls(x, options)):
+    if (
+        extras is not None
+        or runs_operators(x)
+        or (batch_sizes is None and _unrolls(x, options))
+        or _trains_explicitly(x, batch_sizes, hx, weights, options)
+    ):
         return _run_operators(x, batch_sizes, hx, weights, options, extras)
     settings = (options.bias, options.num_layers, options.dropout, options.training, options.bidirectional)
     if batch_sizes is None:
         return _VF.lstm(x, hx, weights, *settings, options.batch_first)
     return _VF.lstm(x, batch_sizes, hx, weights, *settings)
+
+
+def _trains_explicitly(
+    x: Tensor, batch_sizes: Tensor | None, hx: States, weights: list[Tensor], options: Options
+) -> bool:
+    """Whether this is a training step that `tritlstm.cpu` computes faster than torch's own LSTM."""
+    # In evaluation the numbers stay torch's, whether or not autograd is on.
+    if not options.training or (batch_sizes is None and cpu.small(options.input_size, options.hidden_size)):
+        return False  # asked in every call: what is quick comes first
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return explicit_pays(x, batch_sizes, options) and any(tensor.requires_grad for tensor in (x, *hx, *weights))
+
+
+def explicit_pays(x: Tensor, batch_sizes: Tensor | None, options: Options) -> bool:
+    """Whether `tritlstm.cpu` would train faster on `x` than torch's own LSTM."""
+    if not x.is_cpu:
+        return False
+    if batch_sizes is None:
+        steps, batch = x.size(int(options.batch_first)), x.size(1 - int(options.batch_first))
+        pays = cpu.few_rows_pay(steps, batch, x, options.input_size, options.hidden_size)
+    else:
+        pays = cpu.packed_pays(batch_sizes)
+    return pays and not options.proj_size and x.dtype in _CPU_DTYPES and not torch.is_autocast_enabled("cpu")
 
 
 def runs_operators(x: Tensor) -> bool:
@@ -316,10 +348,11 @@ def _run_lengths(
     extras: Extras | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch_dim = 0 if options.batch_first else 1
-    if extras is not None or not packs(x):
+    direct = extras is not None or not packs(x)
+    if direct or (options.training and _trains_explicitly(x, batch_sizes_of(lengths), hx, weights, options)):
         steps = x.transpose(0, 1) if options.batch_first else x
         ends = lengths.long().clamp(0, steps.size(0)).to(x.device, torch.int32, non_blocking=True)
-        # The kernels skip the padding, but the product of w_ih's gradient would meet a NaN or an infinity in it.
+        # The recurrence skips the padding, but the product of w_ih's gradient would meet a NaN or an infinity in it.
         inside = torch.arange(steps.size(0), device=x.device)[:, None] < ends
         steps = torch.where(inside[..., None], steps, 0)
         out, h_n, c_n = run_layers(steps, ends, hx, weights, options, extras)
@@ -339,6 +372,12 @@ def _run_lengths(
     out = x.new_zeros(shape, dtype=dtype).index_copy(batch_dim, order, out.to(dtype))
     h_n, c_n = (old.to(dtype).index_copy(1, order, new.to(dtype)) for old, new in zip(hx, (h, c), strict=True))
     return out, h_n, c_n
+
+
+def batch_sizes_of(lengths: Tensor) -> Tensor:
+    """`batch_sizes` of the `PackedSequence` of a batch with such lengths [B], on the CPU."""
+    ends = lengths.cpu()
+    return (ends[:, None] > torch.arange(int(ends.max()) if ends.numel() else 0)).sum(0)
 
 
 def out_width(options: Options) -> int:
@@ -366,6 +405,8 @@ def _run_operators(
     options: Options,
     extras: Extras | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if batch_sizes is not None and x.is_cpu and not runs_kernels(x):
+        return _run_packed_rows(x, batch_sizes, hx, weights, options, extras)
     if batch_sizes is not None:
         x, lengths = _VF._pad_packed_sequence(x, batch_sizes, False, 0.0, batch_sizes.size(0))
         on_device = lengths.to(x.device, torch.int32, non_blocking=True)
@@ -377,6 +418,24 @@ def _run_operators(
     return run_layers(x, None, hx, weights, options, extras)
 
 
+def _run_packed_rows(
+    x: Tensor,
+    batch_sizes: Tensor,
+    hx: States,
+    weights: list[Tensor],
+    options: Options,
+    extras: Extras | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed data by one copy each way, where `pad_packed_sequence` has one a step, each with a node of autograd."""
+    steps, batch = len(batch_sizes), int(batch_sizes[0])
+    inside = batch_sizes[:, None] > torch.arange(batch)
+    rows = inside.flatten().nonzero()[:, 0]
+    padded = x.new_zeros(steps * batch, x.size(1)).index_copy(0, rows, x).unflatten(0, (steps, batch))
+    lengths = inside.sum(0, dtype=torch.int32)
+    out, h_n, c_n = run_layers(padded, lengths, hx, weights, options, extras, rows)
+    return out.flatten(0, 1).index_select(0, rows), h_n, c_n
+
+
 def run_layers(
     x: Tensor,
     lengths: Tensor | None,
@@ -384,8 +443,9 @@ def run_layers(
     weights: list[Tensor],
     options: Options,
     extras: Extras | None = None,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """All layers and directions over x [T, B, D]."""
+    """All layers and directions over x [T, B, D]; `rows` are the places in [T B] that dropout draws for."""
     directions = 2 if options.bidirectional else 1
     each = 2 + 2 * options.bias + (options.proj_size > 0)
     states: list[States] = []
@@ -394,7 +454,7 @@ def run_layers(
         if layer < done:
             continue
         if layer > 0 and options.dropout > 0 and options.training:
-            x = F.dropout(x, options.dropout)
+            x = _dropout(x, options.dropout, rows)
         count = _together(x, options, options.num_layers - layer, extras)
         if count > 1:
             done = layer + count
@@ -424,6 +484,13 @@ def run_layers(
         x = outs[0] if directions == 1 else torch.cat(outs, -1)
     h_n, c_n = zip(*states, strict=True)
     return x, torch.stack(h_n), torch.stack(c_n)
+
+
+def _dropout(x: Tensor, p: float, rows: Tensor | None) -> Tensor:
+    if rows is None:
+        return F.dropout(x, p)
+    flat = x.flatten(0, 1)  # the numbers that torch draws for packed data
+    return flat.index_copy(0, rows, F.dropout(flat.index_select(0, rows), p)).view_as(x)
 
 
 def _together(x: Tensor, options: Options, layers: int, extras: Extras | None) -> int:

@@ -66,7 +66,8 @@ def collect() -> dict[str, Any]:
         )
     else:
         facts["path"] = (
-            "torch's own LSTM on the CPU; the Triton kernels run on a GPU, or in tritlstm.emulator"
+            "torch's own LSTM on the CPU, or what trains faster there; the Triton kernels run on a GPU, or in "
+            "tritlstm.emulator"
         )
     return facts
 

@@ -311,9 +311,9 @@ def backward(
         grad_out, grad_h_n, grad_c_n, w_hh, c0, lengths, cuts, gates, cells, reverse, x, cell
     )
     rows = grad_gates.view(length * batch, -1)
-    empty = x.new_empty(0)
     need_x, need_w_ih, need_w_hh, need_b, need_h0, need_c0, need_gate0, *need_peephole = needs
-    grad_x = grad_w_ih = grad_w_hh = grad_b = grad_h0 = grad_gate0 = empty
+    # One each: an operator may not return the same tensor twice.
+    grad_x, grad_w_ih, grad_w_hh, grad_b, grad_h0, grad_gate0 = (x.new_empty(0) for _ in range(6))
     if need_x:
         grad_x = torch.mm(rows, pack_rows(w_ih)).view(length, batch, features)
     if need_w_ih:
@@ -338,13 +338,13 @@ def backward(
         grad_w_hh,
         grad_b,
         grad_h0,
-        grad_c0.to(c0.dtype) if need_c0 else empty,
+        grad_c0.to(c0.dtype) if need_c0 else x.new_empty(0),
         grad_gate0,
     )
     if not need_peephole:
         return results
     if not need_peephole[0]:
-        return *results, empty
+        return *results, x.new_empty(0)
     return *results, _grad_peephole(grad_gates, gates, cells, out, h0, c0, lengths, cuts, reverse, cell)
 
 

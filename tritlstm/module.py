@@ -27,7 +27,10 @@ class LSTM(nn.RNNBase):
     Same arguments, shapes, `state_dict`, values and errors. On a CUDA device float16, bfloat16 and float32
     run the Triton kernels of this library; everything else (the CPU, float64) runs torch's own LSTM at no
     extra cost. Plain PyTorch operators run there only where torch can't trace or map its own: in a model that
-    `torch.compile` compiles for training, in an export with a dynamic T, under `vmap` and in forward mode.
+    `torch.compile` compiles for training, in an export with a dynamic T, under `vmap` and in forward mode; and in
+    training on the CPU where they are faster: packed data and batches with `lengths`, of 24 steps or more, and large
+    weights for few rows (`tritlstm.cpu` has the rule). There the results, and what `eval()` computes, which is
+    always torch's own, may differ in the last bits.
 
     T time steps, B batch, D `input_size`, H `hidden_size`, R `proj_size` or else H, S 2 if `bidirectional`
     else 1.
@@ -230,7 +233,13 @@ class LSTM(nn.RNNBase):
         # Asked for by name in every call: weights that parametrisations, functional_call or hooks put in the
         # place of the registered ones count too. torch's cached list silently keeps the old ones.
         weights = [getattr(self, name) for name in self._flat_weights_names]
-        options = Options(
+        options = self._options()
+        if self.hidden_sizes is not None:
+            return functional.apply_sizes(input, hx, weights, options, self.hidden_sizes, lengths, extras)
+        return functional.apply(input, hx, weights, options, lengths, extras)
+
+    def _options(self) -> Options:
+        return Options(
             self.input_size,
             self.hidden_size,
             self.proj_size,
@@ -241,9 +250,6 @@ class LSTM(nn.RNNBase):
             self.training,
             self.bidirectional,
         )
-        if self.hidden_sizes is not None:
-            return functional.apply_sizes(input, hx, weights, options, self.hidden_sizes, lengths, extras)
-        return functional.apply(input, hx, weights, options, lengths, extras)
 
     def _extras(
         self,

@@ -192,7 +192,8 @@ class _Layer(torch.autograd.Function):
         d_x, d_w_ih, d_w_hh, d_b, d_h0, d_c0, d_peephole, *d_norm = _normed_backward(
             *grads[:3], x, w_ih, w_hh, h0, c0, lengths, *saved, reverse, *args[_PLAIN:]
         )
-        before: tuple[Tensor | None, ...] = (d_x, d_w_ih, d_w_hh, d_b, d_b, d_h0, d_c0, None, None, None)
+        d_biases = ops.of_both_biases(d_b, *needed[3:5])
+        before: tuple[Tensor | None, ...] = (d_x, d_w_ih, d_w_hh, *d_biases, d_h0, d_c0, None, None, None)
         within = (None, d_peephole, *(None,) * (_CELL - 2))
         return tuple(g if need else None for g, need in zip((*before, *within, *d_norm), needed, strict=True))
 

@@ -44,7 +44,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import aten, batching
+from . import aten, batching, cpu
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -86,10 +86,15 @@ def _emulating() -> bool:
     return emulator is not None and not torch.compiler.is_compiling() and emulator.active()
 
 
+def launches(x: Tensor) -> bool:
+    """Whether operators on `x` launch kernels; an empty batch needs no launch."""
+    return runs_kernels(x) and x.size(1) > 0
+
+
 def _engine(x: Tensor) -> Any:
-    """The module whose `forward` and `backward` compute on `x`; an empty batch needs no launch."""
-    if not runs_kernels(x) or x.size(1) == 0:
-        return aten
+    """The module whose `forward` and `backward` compute on `x`."""
+    if not launches(x):
+        return cpu if x.is_cpu else aten
     from . import layer
 
     return layer
@@ -210,8 +215,8 @@ class _Layer(torch.autograd.Function):
         d_x, d_w_ih, d_w_hh, d_b, d_h0, d_c0, d_gate0 = (
             result if need else None for result, need in zip(results, needs, strict=True)
         )
-        d_b_ih, d_b_hh = d_b if need_b_ih else None, d_b if need_b_hh else None
-        return d_x, d_w_ih, d_w_hh, d_b_ih, d_b_hh, d_h0, d_c0, None, None, None, d_gate0
+        d_biases = of_both_biases(d_b, need_b_ih, need_b_hh)
+        return d_x, d_w_ih, d_w_hh, *d_biases, d_h0, d_c0, None, None, None, d_gate0
 
 
 class _LayerBackward(torch.autograd.Function):
@@ -275,6 +280,13 @@ def _differentiable_backward(
         plain: Any = aten
         out, _, _, gates, cells = plain.forward(*forward)
         return plain.backward(*grads, x, w_ih, w_hh, h0, c0, lengths, out, gates, cells, reverse, needs)
+
+
+def of_both_biases(grad_b: Tensor | None, need_ih: bool, need_hh: bool) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of b_ih and b_hh, which are equal: two tensors, that changing one in place leaves the other."""
+    if grad_b is None:
+        return None, None
+    return grad_b if need_ih else None, (grad_b.clone() if need_ih else grad_b) if need_hh else None
 
 
 def _below_autograd(op: Any, args: tuple[Any, ...]) -> tuple[Tensor, ...]:

@@ -110,7 +110,7 @@ def _padded(hidden: int) -> int:
 
 def _engine(x: Tensor, layers: int, hidden: int, training: bool) -> Any:
     """The module that computes all layers together, or None where they go one after another."""
-    if ops._engine(x) is aten:
+    if not ops.launches(x):
         return None
     from . import stack as engine
 
@@ -198,7 +198,7 @@ class _Stack(torch.autograd.Function):
         saved = (hidden, gates, cells, needs)
         results = _stack_backward(*grads[:3], x, w_ih, w_between, w_hh, h0, c0, lengths, *saved)
         *before, d_b, d_h0, d_c0 = (r if need else None for r, need in zip(results, needs, strict=True))
-        return (*before, *(d_b if needed[k] else None for k in (4, 5)), d_h0, d_c0, None, None)
+        return (*before, *ops.of_both_biases(d_b, *needed[4:6]), d_h0, d_c0, None, None)
 
 
 def _differentiable(

@@ -179,7 +179,7 @@ class _Variant(torch.autograd.Function):
         d_x, d_w_ih, d_w_hh, d_b, d_h0, d_c0, d_gate0, d_peephole = (
             result if need else None for result, need in zip(results, needs, strict=True)
         )
-        d_biases = [d_b if needed[k] else None for k in (3, 4)]
+        d_biases = ops.of_both_biases(d_b, *needed[3:5])
         before = (d_x, d_w_ih, d_w_hh, *d_biases, d_h0, d_c0, None, None, None, d_gate0, None, d_peephole)
         return (*before, *(None,) * (len(needed) - len(before)))
 
