@@ -776,8 +776,11 @@ WRONG = [
     (lambda w: w.update(weight_ih_l0=torch.zeros(23, 4)), "is not a [4 * hidden_size, input_size] matrix"),
     (lambda w: w.update(weight_ih_l0=torch.zeros(24)), "is not a [4 * hidden_size, input_size] matrix"),
     (lambda w: w.update(weight_hr_l0=torch.zeros(6, 6)), "is not a [proj_size, hidden_size] matrix"),
-    (lambda w: w.update(weight_ch_l0=torch.zeros(18)), "it is of an LSTM with peepholes, which only the engine \"python\""),
-    (lambda w: w.update(norm_ih_l0=torch.zeros(24)), "with \"layer_norm=True\" in load_options.more"),
+    (
+        lambda w: w.update(weight_ch_l0=torch.zeros(18)),
+        'it is of an LSTM with peepholes, which only the engine "python" runs',
+    ),
+    (lambda w: w.update(norm_ih_l0=torch.zeros(24)), 'with "layer_norm=True" in load_options.more'),
     (
         lambda w: w.update(bias_ih_l1=torch.zeros(24).half()),
         "'bias_ih_l1' is stored as F16: the weights differ in type",

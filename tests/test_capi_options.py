@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from torch import Tensor
 
 import tritlstm
 from tritlstm.capi import build
-from tritlstm.capi.network import MARK
+from tritlstm.capi.network import MARK, MEMBERS
 
 H = 8
 
@@ -126,7 +127,9 @@ class Pair:
         mark = bytes(ffi.buffer(ffi.cast("char *", self.reserve.pointer), MARK.size))
         return MARK.unpack(mark)[-1]
 
-    def python(self, seed: int | None, resets: bool = False, lengths: bool = False) -> tuple[list[Tensor], list[Tensor]]:
+    def python(
+        self, seed: int | None, resets: bool = False, lengths: bool = False
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """The module's outputs and, in training, all gradients."""
         x, h0, c0 = (value.clone().requires_grad_() for value in (self.x, self.h0, self.c0))
         self.module.train(seed is not None)
@@ -299,7 +302,8 @@ def test_further_weights_come_after_the_plain_ones(c, more):
     named = dict(pair.module.named_parameters())
     found = infos(c, pair.lstm)
     assert found == [(name, *(*w.shape, 0)[:2]) for name, w in named.items()]
-    assert [name for name, *_ in found[:16]] == list(dict(torch.nn.LSTM(D, H, 2, bidirectional=True).named_parameters()))
+    plain_names = dict(torch.nn.LSTM(D, H, 2, bidirectional=True).named_parameters())
+    assert [name for name, *_ in found[:16]] == list(plain_names)
     for ours, theirs in zip(got(c, pair, pair.lstm), named.values(), strict=True):
         assert torch.equal(ours, theirs)
     # As tritlstm.LSTM initialises them, from the seed; zeros; and the plain ones given.
@@ -376,7 +380,7 @@ def test_explain_shows_the_options(c):
 
 
 REFUSED = [
-    ("hidden_size=[3, 4]", "hidden_size is a member of the struct, or the file's: set it there and leave it out here; a"),
+    ("hidden_size=[3, 4]", "hidden_size is a member of the struct, or the file's: set it there and leave it out"),
     ("proj_size=2", "proj_size is a member of the struct"),
     ("device='cpu'", "device is a member of the struct"),
     ("dropuot=0.1", "tritlstm.LSTM has no 'dropuot'; known are dropout, peephole, coupled"),
@@ -432,7 +436,7 @@ def test_spaces_comments_and_trailing_commas_are_python(c):
 
 def test_the_engine_without_python_refuses_with_the_remedy(tmp_path: Path):
     c = Library(ffi.dlopen(str(shared_build("aot").library)))
-    words = 'more is "peephole=True", but the engine "aot" runs the plain LSTM alone: leave it NULL, or link libtritlstm_'
+    words = 'more is "peephole=True", but the engine "aot" runs the plain LSTM alone: leave it NULL, or link libtrit'
     with refuses(UNSUPPORTED, words):
         c.create(more=text("peephole=True"))
     save_file(torch.nn.LSTM(D, 6).state_dict(), tmp_path / "m")
@@ -482,11 +486,7 @@ def test_many_handles_and_refusals_keep_no_memory(c):
 
 def test_the_names_in_the_header_are_all_there_are():
     header = (build.SOURCE / "include/tritlstm.h").read_text()
-    (names,) = [part for part in header.split("The names are ")[1:]]
-    found = names.split("; what they do")[0].replace("*", " ").replace(" and ", ", ").split(",")
-    import inspect
-
-    from tritlstm.capi.network import MEMBERS
-
+    names = header.split("The names are ")[1].split("; what they do")[0]
+    found = names.replace("*", " ").replace(" and ", ", ").split(",")
     known = [name for name in inspect.signature(tritlstm.LSTM).parameters if name not in MEMBERS]
     assert [name.strip() for name in found] == known

@@ -650,7 +650,6 @@ static int check_variant(const st_file *file, const char *prefix, const tritlstm
 static int read_weights(st_file *file, const char *prefix, const tritlstm *lstm, int same_dtype, void **weights,
                         int32_t *dtypes)
 {
-    const tritlstm_options *o = &lstm->options;
     for (int64_t k = 0; k < lstm->count; k++) {
         tritlstm_weight w;
         describe(lstm, k, &w);
@@ -666,7 +665,7 @@ static int read_weights(st_file *file, const char *prefix, const tritlstm *lstm,
                         shape_text(tensor, found, sizeof found), wanted);
         }
         dtypes[k] = dtype_of(tensor);
-        if (!dtypes[k] || (same_dtype && dtypes[k] != o->dtype))
+        if (!dtypes[k] || (same_dtype && dtypes[k] != lstm->options.dtype))
             return fail(TRITLSTM_ERROR_WEIGHTS, "'%s%s' is stored as %s: %s", prefix, name, tensor->dtype,
                         dtypes[k] ? "the weights differ in type, so name one in load_options.dtype"
                                   : "only F64, F32, F16 and BF16 can be read");
