@@ -12,6 +12,7 @@ import torch
 from capi_harness import (
     ARGUMENT,
     CPU,
+    CUDA,
     DTYPES,
     NULL,
     STATE,
@@ -34,7 +35,7 @@ from torch import Tensor
 
 import tritlstm
 from tritlstm.capi import build
-from tritlstm.capi.network import MARK, MEMBERS
+from tritlstm.capi.network import MARK, MEMBERS, Network
 
 H = 8
 
@@ -273,6 +274,52 @@ def test_steps_are_the_sequence_in_evaluation(c, more):
     h, cell = torch.empty_like(pair.h0), torch.empty_like(pair.c0)
     c.state_get(state, pointer(h), pointer(cell), CPU, NULL)
     assert_all_close([torch.stack(outs), h, cell], pair.forward(False, resets=True))
+
+
+def test_a_mark_in_a_devices_memory_is_written_and_read_there(c):
+    """What a CUDA device's network does with it, on memory of this machine."""
+    words = text("zoneout=0.5")
+    net = Network(ffi, 7, c.struct("options", input_size=D, hidden_size=H, more=words))
+    net.on_cpu = False
+    memory = torch.full((64,), 0xAB, dtype=torch.uint8)
+    args = c.struct("forward_args", steps=T, batch=B, reserve=pointer(memory), reserve_bytes=64)
+    seed = net.draw()
+    net.write_mark(args, net.mark(args, seed))
+    assert net.read_seed(args) == seed
+    assert (memory[MARK.size :] == 0xAB).all()
+    args.steps = T + 1
+    assert net.read_seed(args) is None
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("more", ["dropout=0.5", "zoneout=0.3, peephole=True", "layer_norm=True"])
+def test_a_cuda_device_draws_the_bits_of_the_reserve(c, more):
+    pair = Pair(c, more, {"num_layers": 2})
+    weights, module = list(pair.module.parameters()), pair.module.cuda().train()
+    lstm = c.create(**pair.options, more=pair.keep, device=CUDA)
+    c.set_weights(lstm, pointers([weight.data for weight in weights]), CUDA, NULL)
+    x, resets = pair.x.cuda(), pair.resets.cuda()
+    flags = resets.to(torch.uint8)
+    out, gradient = torch.empty(T, B, H, device="cuda"), torch.empty_like(x)
+    reserve = torch.zeros(64, dtype=torch.uint8, device="cuda")
+    torch.cuda.synchronize()
+    kinds = ("forward_args", "backward_args")
+    structs = [c.struct(kind, steps=T, batch=B, x=pointer(x), out=pointer(out)) for kind in kinds]
+    for args in structs:
+        args.resets = ffi.cast("uint8_t *", pointer(flags))
+        args.reserve, args.reserve_bytes = pointer(reserve), 64
+    c.forward(lstm, structs[0])
+    upstream = torch.ones_like(out)
+    structs[1].grad_out, structs[1].grad_x = pointer(upstream), pointer(gradient)
+    c.backward(lstm, structs[1])
+    torch.cuda.synchronize()
+    seed = MARK.unpack(reserve.cpu().numpy().tobytes()[: MARK.size])[-1]
+    torch.cuda.manual_seed(seed)
+    leaf = x.clone().requires_grad_()
+    expected = module(leaf, resets=resets, noise=torch.tensor([seed, 0], device="cuda"))[0]
+    torch.testing.assert_close(out, expected.detach(), rtol=1e-3, atol=1e-4)
+    (theirs,) = torch.autograd.grad(expected, leaf, upstream)
+    torch.testing.assert_close(gradient, theirs, rtol=1e-3, atol=1e-4)
 
 
 # -- weights ------------------------------------------------------------------------------------------------

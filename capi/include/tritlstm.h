@@ -170,8 +170,8 @@ typedef struct tritlstm_options {
  *   Weights   peephole adds weight_ch [3H] to a layer and direction, layer_norm adds norm_ih [4H], norm_hh [4H],
  *             norm_c [H] and norm_c_bias [H]: further weights, which come after all others, by layer and direction.
  *             num_heads makes weight_hh [4H, H / num_heads].
- *   Random    A forward with a reserve is training: dropout, zoneout, recurrent_dropout and weight_dropout draw bits, new
- *             ones in each such call, of which the reserve keeps the seed: backward of that reserve uses the same.
+ *   Random    A forward with a reserve is training: dropout, zoneout, recurrent_dropout and weight_dropout draw bits,
+ *             new ones in each such call, of which the reserve keeps the seed: backward of that reserve uses the same.
  *             A forward without a reserve and tritlstm_step are evaluation and draw none. Calls in several threads
  *             share the sequence of seeds in the order in which they come.
  *   Time      On a CPU peephole and the like run in plain operators, at the speed of a loop in Python. */
@@ -229,7 +229,8 @@ TRITLSTM_API tritlstm_status tritlstm_get_options(const tritlstm *lstm, tritlstm
 
 /* One weight. All are matrices in PyTorch's layout, biases are vectors:
  *   weight_ih [4H, D] in layer 0, [4H, P * R] above     weight_hh [4H, R]
- *   bias_ih, bias_hh [4H]                               weight_hr [R, H] */
+ *   bias_ih, bias_hh [4H]                               weight_hr [R, H]
+ * Further ones: see "Any option of the Python library". */
 typedef struct tritlstm_weight {
     size_t size;     /* sizeof(tritlstm_weight): set it before the call */
     char name[48];   /* PyTorch's name, such as "weight_ih_l0_reverse"; NUL-terminated */

@@ -453,7 +453,8 @@ static int take_more(tritlstm *lstm, const char *more)
     o->more = strcpy(copy, more);
     if ((status = lstm->engine->describe(o, 0, NULL, &count))) return status;
     if (count < lstm->count)
-        return fail(TRITLSTM_ERROR_INTERNAL, "the engine has %" PRId64 " weights instead of %" PRId64, count, lstm->count);
+        return fail(TRITLSTM_ERROR_INTERNAL, "the engine has %" PRId64 " weights instead of %" PRId64, count,
+                    lstm->count);
     if (!(lstm->weights = calloc((size_t)count, sizeof *lstm->weights)))
         return fail(TRITLSTM_ERROR_MEMORY, "out of memory");
     if ((status = lstm->engine->describe(o, count, lstm->weights, &found))) return status;
