@@ -127,31 +127,51 @@ class Host:
             raise HostError(ARGUMENT, "state is not a handle, or was destroyed") from None
 
     def create(self, options: Any, weights: Any, dtypes: Any, identity: Any) -> None:
-        import torch
-
         from .network import Network
 
+        null = self.ffi.NULL
         number = next(self.identities)
         network = Network(self.ffi, number, options)
-        if weights != self.ffi.NULL:
+        if weights == null or any(weights[k] == null for k in range(len(network.weights))):
+            self._initialise(network, options)
+        if weights != null:
             self._load(network, weights, dtypes)
-        elif options.initial_weights == UNIFORM:
-            generator = torch.Generator().manual_seed(options.seed)
-            bound = 1 / math.sqrt(network.module.hidden_size)  # as torch.nn.LSTM writes it
-            for weight in network.weights:
-                # Drawn on the CPU in the order of torch.nn.LSTM: the same weights on every device.
-                drawn = torch.empty(weight.shape, dtype=network.dtype)
-                weight.copy_(drawn.uniform_(-bound, bound, generator=generator))
-        else:
-            for weight in network.weights:
-                weight.zero_()
         self.networks[number] = network
         identity[0] = number
+
+    def describe(self, options: Any, capacity: int, weights: Any, count: Any) -> None:
+        import torch
+
+        from .network import module_of, more_of
+
+        module = module_of(options, more_of(self.ffi, options), torch.device("meta"))
+        named = list(module.named_parameters())
+        count[0] = len(named)
+        for k, (name, parameter) in enumerate(named[:capacity]):
+            weights[k].name = name.encode()
+            weights[k].rows, weights[k].columns = (*parameter.shape, 0)[:2]
+
+    def _initialise(self, network: Network, options: Any) -> None:
+        import torch
+
+        if options.initial_weights != UNIFORM:
+            for weight in network.weights:
+                weight.zero_()
+            return
+        generator = torch.Generator().manual_seed(options.seed)
+        bound = 1 / math.sqrt(network.module.hidden_size)  # as torch.nn.LSTM writes it
+        for weight in network.weights:
+            # Drawn on the CPU in the order of torch.nn.LSTM: the same weights on every device.
+            drawn = torch.empty(weight.shape, dtype=network.dtype)
+            weight.copy_(drawn.uniform_(-bound, bound, generator=generator))
+        network.module._fill_constants()
 
     def _load(self, network: Network, weights: Any, dtypes: Any) -> None:
         from .network import DTYPES
 
         for k, weight in enumerate(network.weights):
+            if weights[k] == self.ffi.NULL:
+                continue
             dtype = network.dtype if dtypes == self.ffi.NULL else DTYPES[dtypes[k]]
             weight.copy_(network.view(weights[k], *weight.shape, dtype=dtype, device=network.side(CPU)))
 
@@ -186,13 +206,13 @@ class Host:
         if reserve != null:
             self._check_reserve(a)
         with network.on(a.stream):
-            results = network.run(*network.inputs(a))
+            seed = None if reserve == null else network.draw()
+            results = network.run(*network.inputs(a), seed)
             for pointer, result in zip((a.out, h_n, c_n), results, strict=True):
                 if pointer != null:
                     network.kept(pointer, *result.shape).copy_(result)
-        if reserve != null and network.on_cpu:
-            mark = network.mark(a)
-            self.ffi.buffer(self.ffi.cast("char *", reserve), len(mark))[:] = mark
+            if seed is not None:
+                network.write_mark(a, network.mark(a, seed))
 
     def _check_reserve(self, a: Any) -> None:
         if a.reserve_bytes < RESERVE_BYTES:
@@ -206,24 +226,22 @@ class Host:
 
         network = self.network(identity)
         self._check_reserve(a)
-        if network.on_cpu:
-            mark = network.mark(a)
-            found = bytes(self.ffi.buffer(self.ffi.cast("char *", a.reserve), len(mark)))
-            if found != mark:
+        null = self.ffi.NULL
+        with torch.enable_grad(), network.on(a.stream):
+            seed = network.read_seed(a)
+            if seed is None:
                 raise HostError(
                     STATE,
                     "the reserve was not filled by a forward of this handle with the same steps, batch and "
-                    "use of lengths: pass reserve to tritlstm_forward first",
+                    "use of lengths and resets: pass reserve to tritlstm_forward first",
                 )
-        null = self.ffi.NULL
-        with torch.enable_grad(), network.on(a.stream):
-            *leaves, lengths = network.inputs(a)
+            *leaves, lengths, resets = network.inputs(a)
             x, h0, c0 = (leaf.detach().requires_grad_() for leaf in leaves)
             targets = [(a.grad_x, x), (a.grad_h0, h0), (a.grad_c0, c0)]
             if a.grad_weights != null:
                 targets += [(a.grad_weights[k], weight) for k, weight in enumerate(network.parameters)]
             targets = [(pointer, tensor) for pointer, tensor in targets if pointer != null]
-            results = network.run(x, h0, c0, lengths, recorded=True)
+            results = network.run(x, h0, c0, lengths, resets, seed, recorded=True)
             given = zip((a.grad_out, a.grad_h_n, a.grad_c_n), results, strict=True)
             seeds = [(result, network.view(p, *result.shape)) for p, result in given if p != null]
             wanted = [tensor for _, tensor in targets]
@@ -297,6 +315,10 @@ class Host:
             f"dtype: {str(network.dtype).removeprefix('torch.')}",
             str(tritlstm.explain(network.module, x)),
         ]
+        if network.more:
+            lines.insert(2, f"options: {network.module.extra_repr()}")
+        if training and network.random:
+            lines.append("random bits: of a seed for each forward with a reserve, which the reserve keeps")
         if network.steps_are_cells:
             lines.append("tritlstm_step: torch.lstm_cell, layer by layer")
         if training:
@@ -323,4 +345,5 @@ CALLS = (
     "state_set",
     "step",
     "explain",
+    "describe",
 )

@@ -427,6 +427,42 @@ def test_structs_of_other_versions(c, lib):
         assert f"size {wrong} is not that of a options" in c.error()
 
 
+def test_structs_of_the_first_version(c, lib, tmp_path):
+    """Hosts that were built before `more` and `resets`: nothing behind their structs is read or written."""
+
+    def first(type_: str, size: int) -> Any:
+        memory = ffi.new("char[]", b"\xff" * 256)
+        old.append(memory)
+        value = ffi.cast(f"tritlstm_{type_} *", memory)
+        assert getattr(lib, f"tritlstm_{type_}_init")(value, size) == OK
+        assert bytes(ffi.buffer(memory, 256))[size:] == b"\xff" * (256 - size)
+        return value
+
+    old: list[Any] = []
+    x, out, gradient = torch.randn(T, B, D), torch.zeros(T, B, H), torch.zeros(T, B, D)
+    options = first("options", 80)
+    options.input_size, options.hidden_size = D, H
+    handle = ffi.new("tritlstm **")
+    c.__getattr__("create")(options, NULL, handle)
+    lstm = ffi.gc(handle[0], lib.tritlstm_destroy)
+    c.get_options(lstm, options)
+    assert (options.size, options.hidden_size) == (80, H)
+    save_file(nn.LSTM(D, H).state_dict(), tmp_path / "m")
+    c.create_from_safetensors(str(tmp_path / "m").encode(), first("load_options", 32), handle)
+    lib.tritlstm_destroy(handle[0])
+    _, reserve = c.scratch(lstm, T, B, True)
+    args, back = first("forward_args", 120), first("backward_args", 160)
+    for struct_ in (args, back):
+        struct_.steps, struct_.batch, struct_.x, struct_.out = T, B, pointer(x), pointer(out)
+        struct_.reserve, struct_.reserve_bytes = reserve.pointer, reserve.size
+    c.forward(lstm, args)
+    back.grad_out, back.grad_x = pointer(out), pointer(gradient)
+    c.backward(lstm, back)
+    assert gradient.abs().max() > 0
+    for value in old:
+        assert bytes(ffi.buffer(value, 256))[160:] == b"\xff" * 96
+
+
 def test_null_pointers_are_refused(c, lib):
     lstm = c.create()
     state = ffi.new("tritlstm_state **")
@@ -436,10 +472,10 @@ def test_null_pointers_are_refused(c, lib):
     forward = make_forward(c, x, out)
     options = c.struct("options", input_size=D, hidden_size=H)
     calls = {
-        "options_init": [(NULL, 80)],
-        "load_options_init": [(NULL, 32)],
-        "forward_args_init": [(NULL, 120)],
-        "backward_args_init": [(NULL, 160)],
+        "options_init": [(NULL, 88)],
+        "load_options_init": [(NULL, 40)],
+        "forward_args_init": [(NULL, 128)],
+        "backward_args_init": [(NULL, 168)],
         "create": [(NULL, NULL, handle), (options, NULL, NULL)],
         "create_from_safetensors": [(NULL, NULL, handle), (b"x", NULL, NULL)],
         "get_options": [(NULL, options), (lstm, NULL)],
@@ -740,8 +776,11 @@ WRONG = [
     (lambda w: w.update(weight_ih_l0=torch.zeros(23, 4)), "is not a [4 * hidden_size, input_size] matrix"),
     (lambda w: w.update(weight_ih_l0=torch.zeros(24)), "is not a [4 * hidden_size, input_size] matrix"),
     (lambda w: w.update(weight_hr_l0=torch.zeros(6, 6)), "is not a [proj_size, hidden_size] matrix"),
-    (lambda w: w.update(weight_ch_l0=torch.zeros(18)), "it is of an LSTM with peepholes, which only Python runs"),
-    (lambda w: w.update(norm_ih_l0=torch.zeros(24)), "it is of an LSTM with layer normalisation, which only Python"),
+    (
+        lambda w: w.update(weight_ch_l0=torch.zeros(18)),
+        'it is of an LSTM with peepholes, which only the engine "python" runs',
+    ),
+    (lambda w: w.update(norm_ih_l0=torch.zeros(24)), 'with "layer_norm=True" in load_options.more'),
     (
         lambda w: w.update(bias_ih_l1=torch.zeros(24).half()),
         "'bias_ih_l1' is stored as F16: the weights differ in type",

@@ -176,7 +176,7 @@ def test_the_fuzzers_corpus_runs_clean(target, tmp_path):
 SPOILT = {
     "safetensors_reader": ("safetensors.c", "if (order[k]->begin != at)", "if (order[k]->begin > st->data_bytes)"),
     "argument_checks": ("front.c", "if (hit) return fail(", "if (hit && !now->end) return fail("),
-    "load_file": ("front.c", "(same_dtype && dtypes[k] != o->dtype)", "(same_dtype && !dtypes[k])"),
+    "load_file": ("front.c", "(same_dtype && dtypes[k] != lstm->options.dtype)", "(same_dtype && !dtypes[k])"),
 }
 
 

@@ -814,10 +814,30 @@ def test_the_reader_survives_damaged_files(tmp_path):
 # -- the page -----------------------------------------------------------------------------------------------
 
 
-def test_the_host_on_the_page_runs(either, tmp_path):
+def hosts_on_the_page() -> list[str]:
     page = (HOSTS.parents[1] / "docs/c.md").read_text(encoding="utf-8")
-    (source,) = re.findall(r"^```c\n(.*?)^```$", page, re.S | re.M)
-    (tmp_path / "host.c").write_text(source)
+    found = re.findall(r"^```c\n(.*?)^```$", page, re.S | re.M)
+    assert len(found) == 2
+    return found
+
+
+def test_the_host_with_options_on_the_page_runs(either, tmp_path):
+    (tmp_path / "host.c").write_text(hosts_on_the_page()[1])
+    compile_(*build.compiler(), *STRICT, tmp_path / "host.c", *either.flags(), "-o", tmp_path / "host")
+    done = run([tmp_path / "host"])
+    if either.engine == "python":
+        said = "10 weights, the last is weight_ch_l1 [48]\n"
+        page = (HOSTS.parents[1] / "docs/c.md").read_text(encoding="utf-8")
+        assert f"It prints `{said.strip()}`." in page
+        assert (done.returncode, done.stdout, done.stderr) == (0, said, "")
+    else:
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith('more is "peephole=True, cell_clip=3.0')
+        assert done.stderr.endswith("leave it NULL, or link libtritlstm_python\n")
+
+
+def test_the_host_on_the_page_runs(either, tmp_path):
+    (tmp_path / "host.c").write_text(hosts_on_the_page()[0])
     compile_(*build.compiler(), *STRICT, tmp_path / "host.c", *either.flags(), "-o", tmp_path / "host")
     done = run([tmp_path / "host"], cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")

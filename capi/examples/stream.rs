@@ -26,6 +26,7 @@ struct Options {
     initial_weights: i32,
     reserved: i32,
     seed: u64,
+    more: *const c_char,
 }
 
 #[repr(C)]
@@ -36,6 +37,7 @@ struct LoadOptions {
     device: i32,
     device_index: i32,
     batch_first: i32,
+    more: *const c_char,
 }
 
 const FLOAT32: i32 = 1;

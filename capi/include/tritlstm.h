@@ -18,7 +18,8 @@
  *               (t * B + b) * D + d. With batch_first, x, out and their gradients are [B, T, ...]; the states
  *               stay [L * P, B, ...]. Row l * P + p of a state belongs to layer l, direction p.
  * Gates         Where four gates are stacked, the order is i, f, g, o (input, forget, cell input, output).
- * Element type  One for everything that a handle reads and writes, its options' dtype; lengths are int32_t.
+ * Element type  One for everything that a handle reads and writes, its options' dtype; lengths are int32_t, resets
+ *               uint8_t.
  * Device        All array pointers of a call point to memory of the handle's device: ordinary memory for
  *               TRITLSTM_CPU, memory of the CUDA device device_index for TRITLSTM_CUDA. Structs, strings,
  *               pointers to results and arrays of pointers are always ordinary memory.
@@ -130,7 +131,8 @@ enum {
 enum { TRITLSTM_CPU = 1, TRITLSTM_CUDA = 2 };
 
 enum {
-    TRITLSTM_WEIGHTS_UNIFORM = 1, /* uniform in (-1/sqrt(H), 1/sqrt(H)), as PyTorch does, from `seed` */
+    TRITLSTM_WEIGHTS_UNIFORM = 1, /* uniform in (-1/sqrt(H), 1/sqrt(H)), as PyTorch does, from `seed`; further
+                                     weights as tritlstm.LSTM initialises them */
     TRITLSTM_WEIGHTS_ZERO = 2
 };
 
@@ -150,8 +152,29 @@ typedef struct tritlstm_options {
     int32_t device_index;    /* default 0; 0 with TRITLSTM_CPU */
     int32_t initial_weights; /* TRITLSTM_WEIGHTS_UNIFORM (default) or _ZERO; not used where weights are given */
     int32_t reserved;        /* 0 */
-    uint64_t seed;           /* default 0; the same seed gives the same weights in the same engine */
+    uint64_t seed;           /* default 0; the same seed gives the same weights in the same engine, and with `more`
+                                the same random bits in the same sequence of training forwards */
+    const char *more;        /* NULL (default) or "": nothing; otherwise see "Any option of the Python library" */
 } tritlstm_options;
+
+/* Any option of the Python library: options->more holds further keyword arguments of Python's tritlstm.LSTM as
+ * `name=value`, separated by commas, the values Python literals; UTF-8, NUL-terminated, at most 4096 bytes:
+ *
+ *     options.more = "peephole=True, cell_clip=3.0, zoneout=(0.1, 0.05), activations=('hard_sigmoid', 'tanh', 'tanh')";
+ *
+ * The names are dropout, peephole, coupled, cell_clip, zoneout, recurrent_dropout, weight_dropout, forget_bias,
+ * activations, num_heads, layer_norm and recompute; what they do stands in the package's docs/variants.md. What the
+ * struct has a member for is refused, and so is a list of hidden sizes. The string is read and copied.
+ *   Engines   "python". UNSUPPORTED with the engine "aot". ARGUMENT: no such option, or no value for it; the text is
+ *             that of tritlstm.LSTM.
+ *   Weights   peephole adds weight_ch [3H] to a layer and direction, layer_norm adds norm_ih [4H], norm_hh [4H],
+ *             norm_c [H] and norm_c_bias [H]: further weights, which come after all others, by layer and direction.
+ *             num_heads makes weight_hh [4H, H / num_heads].
+ *   Random    A forward with a reserve is training: dropout, zoneout, recurrent_dropout and weight_dropout draw bits,
+ *             new ones in each such call, of which the reserve keeps the seed: backward of that reserve uses the same.
+ *             A forward without a reserve and tritlstm_step are evaluation and draw none. Calls in several threads
+ *             share the sequence of seeds in the order in which they come.
+ *   Time      On a CPU peephole and the like run in plain operators, at the speed of a loop in Python. */
 
 /* How to read an LSTM from a file. */
 typedef struct tritlstm_load_options {
@@ -161,6 +184,8 @@ typedef struct tritlstm_load_options {
     int32_t device;       /* as in tritlstm_options */
     int32_t device_index; /* as in tritlstm_options */
     int32_t batch_first;  /* as in tritlstm_options */
+    const char *more;     /* as in tritlstm_options: what the file does not say. The further weights are read from the
+                             file, too, and must be there. The seed of random bits is 0. */
 } tritlstm_load_options;
 
 /* Fills a struct with the defaults. `size` is sizeof(the struct) as you compiled it; a library of another
@@ -175,7 +200,8 @@ typedef struct tritlstm tritlstm;
  *   options   read, not kept.
  *   weights   NULL: as options->initial_weights says. Otherwise the array of tritlstm_num_weights pointers in the
  *             order of tritlstm_weight_info, none NULL, each to an array in ordinary memory (whatever the
- *             device) of options->dtype; copied.
+ *             device) of options->dtype; copied. Of further weights (see "Any option of the Python library") it has
+ *             none: they get what options->initial_weights says, and tritlstm_set_weights changes them.
  *   lstm      receives the handle, or NULL on failure.
  * The first call of a process starts the engine ("python": about two seconds; "aot": nothing to start on a CPU). */
 TRITLSTM_API tritlstm_status tritlstm_create(const tritlstm_options *options, const void *const *weights,
@@ -195,14 +221,16 @@ TRITLSTM_API tritlstm_status tritlstm_create_from_safetensors(const char *path,
 /* Ends a handle. NULL is allowed. States made from it stay usable. With TRITLSTM_CUDA wait for its work first. */
 TRITLSTM_API void tritlstm_destroy(tritlstm *lstm);
 
-/* Writes the options that the handle has. Set options->size (with the initialiser) before. */
+/* Writes the options that the handle has. Set options->size (with the initialiser) before. options->more is NULL or
+ * the handle's own copy of the string: it lasts as long as the handle. */
 TRITLSTM_API tritlstm_status tritlstm_get_options(const tritlstm *lstm, tritlstm_options *options);
 
 /* ---- weights ----------------------------------------------------------------------------------------- */
 
 /* One weight. All are matrices in PyTorch's layout, biases are vectors:
  *   weight_ih [4H, D] in layer 0, [4H, P * R] above     weight_hh [4H, R]
- *   bias_ih, bias_hh [4H]                               weight_hr [R, H] */
+ *   bias_ih, bias_hh [4H]                               weight_hr [R, H]
+ * Further ones: see "Any option of the Python library". */
 typedef struct tritlstm_weight {
     size_t size;     /* sizeof(tritlstm_weight): set it before the call */
     char name[48];   /* PyTorch's name, such as "weight_ih_l0_reverse"; NUL-terminated */
@@ -212,11 +240,12 @@ typedef struct tritlstm_weight {
 } tritlstm_weight;
 
 /* How many weights there are, which is the length of the arrays of pointers below: L * P times 2, plus 2 with
- * bias, plus 1 with projection. */
+ * bias, plus 1 with projection, plus further ones, see "Any option of the Python library". */
 TRITLSTM_API tritlstm_status tritlstm_num_weights(const tritlstm *lstm, int64_t *count);
 
 /* Describes weight `index`, 0 ... count - 1. The order: by layer, in it by direction (forward, reverse), in it
- * weight_ih, weight_hh, then bias_ih, bias_hh if there are biases, then weight_hr if there is a projection. */
+ * weight_ih, weight_hh, then bias_ih, bias_hh if there are biases, then weight_hr if there is a projection. Behind
+ * them all come further weights, again by layer and direction. */
 TRITLSTM_API tritlstm_status tritlstm_weight_info(const tritlstm *lstm, int64_t index, tritlstm_weight *weight);
 
 /* Copies weights out of (get) or into (set) the handle.
@@ -257,6 +286,9 @@ typedef struct tritlstm_forward_args {
     void *reserve;           /* written for backward; NULL: inference */
     size_t reserve_bytes;    /* at least what tritlstm_sizes says for training, 0 for inference */
     void *stream;            /* see "Streams" */
+    const uint8_t *resets;   /* [T, B], with batch_first [B, T]; not 0: h and c of all layers are zeroed before that
+                                step; the reverse direction zeroes its own between that step and the one before it.
+                                NULL: none. Read. UNSUPPORTED with the engine "aot". */
 } tritlstm_forward_args;
 
 /* Arguments of tritlstm_backward. Everything that forward read must be as it was, the weights too. */
@@ -282,6 +314,7 @@ typedef struct tritlstm_backward_args {
     const void *reserve;       /* as forward left it; read, so backward may be called again */
     size_t reserve_bytes;
     void *stream;              /* see "Streams" */
+    const uint8_t *resets;     /* as in forward */
 } tritlstm_backward_args;
 
 /* Set `size` and zero everything else. `size` is sizeof(the struct) as you compiled it. Needs no engine. */

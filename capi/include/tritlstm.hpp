@@ -111,6 +111,7 @@ public:
     // For functions of C; null once moved from.
     tritlstm *get() const noexcept { return handle_.get(); }
 
+    // Its `more` points into this network.
     tritlstm_cpp::options options() const
     {
         tritlstm_cpp::options found;

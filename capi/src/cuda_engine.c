@@ -1283,6 +1283,7 @@ static const tritlstm_engine_functions functions = {
     TRITLSTM_ENGINE_INTERFACE, engine_create,     engine_destroy,   engine_get_weights,  engine_set_weights,
     engine_sizes,              engine_forward,    engine_backward,  engine_state_create, engine_state_destroy,
     engine_state_reset,        engine_state_get,  engine_state_set, engine_step,         engine_explain,
+    NULL,
 };
 
 const tritlstm_engine_functions *tritlstm_cuda_functions(void) { return &functions; }

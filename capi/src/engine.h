@@ -8,10 +8,11 @@
 #include "tritlstm.h"
 
 /* Raised whenever this interface changes: the front and an engine loaded at run time must agree. */
-#define TRITLSTM_ENGINE_INTERFACE 1
+#define TRITLSTM_ENGINE_INTERFACE 2
 
 typedef struct tritlstm_engine_functions {
     int interface;
+    /* Of `weights` those that are NULL, all where the array is, get the values that the options say. */
     int (*create)(const tritlstm_options *options, const void *const *weights, const int32_t *dtypes, uint64_t *id);
     int (*destroy)(uint64_t id);
     int (*get_weights)(uint64_t id, void *const *weights, int32_t device, void *stream);
@@ -27,6 +28,9 @@ typedef struct tritlstm_engine_functions {
     int (*step)(uint64_t state, const void *x, void *out, void *workspace, size_t workspace_bytes, void *stream);
     int (*explain)(uint64_t id, int64_t steps, int64_t batch, int32_t training, char *text, size_t capacity,
                    size_t *needed);
+    /* All weights that options->more leads to, the plain LSTM's first: `count`, and name and extents of the first
+     * `capacity`. NULL: this engine runs the plain LSTM alone, without options->more and without resets. */
+    int (*describe)(const tritlstm_options *options, int64_t capacity, tritlstm_weight *weights, int64_t *count);
 } tritlstm_engine_functions;
 
 /* Takes the text of a failure into the calling thread's last error. */

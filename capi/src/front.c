@@ -6,6 +6,7 @@
 
 #include <inttypes.h>
 #include <stdarg.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -16,7 +17,7 @@
     TEXT(TRITLSTM_VERSION_MAJOR) "." TEXT(TRITLSTM_VERSION_MINOR) "." TEXT(TRITLSTM_VERSION_PATCH)
 
 enum { LIVE_LSTM = 0x4c53544d, LIVE_STATE = 0x53544154 };
-enum { MAX_PREFIX = 400, MAX_NAME = MAX_PREFIX + 64 };
+enum { MAX_PREFIX = 400, MAX_NAME = MAX_PREFIX + 64, MAX_MORE = 4096 };
 
 /* The largest array: a pointer difference must reach over it. */
 #define MAX_BYTES ((uint64_t)PTRDIFF_MAX)
@@ -26,7 +27,9 @@ struct tritlstm {
     int references; /* the caller's, and one for each state */
     uint64_t id;
     const tritlstm_engine_functions *engine;
-    tritlstm_options options;
+    tritlstm_options options; /* `more` is the handle's own copy */
+    int64_t count;            /* of weights */
+    tritlstm_weight *weights; /* the engine's description of them, where there is `more`; otherwise NULL */
 };
 
 struct tritlstm_state {
@@ -88,14 +91,25 @@ static int null_argument(const char *name) { return fail(TRITLSTM_ERROR_ARGUMENT
 
 /* ---- structs that grow ------------------------------------------------------------------------------- */
 
-/* Copies a caller's struct, which may be of an older or newer version, into one of this version. `first` is the size
- * that the struct had when it first appeared. */
+/* The sizes that structs had when they first appeared. */
+#define FIRST_OPTIONS offsetof(tritlstm_options, more)
+#define FIRST_LOAD_OPTIONS offsetof(tritlstm_load_options, more)
+#define FIRST_FORWARD_ARGS offsetof(tritlstm_forward_args, resets)
+#define FIRST_BACKWARD_ARGS offsetof(tritlstm_backward_args, resets)
+
+/* Only two versions so far: no size between `first` and ours has been. */
+static int had_size(size_t size, size_t our_size, size_t first)
+{
+    return size == first || (size >= our_size && size <= 4096);
+}
+
+/* Copies a caller's struct, which may be of an older or newer version, into one of this version. */
 static int take_struct(void *ours, size_t our_size, size_t first, const void *theirs, const char *type)
 {
     size_t size;
     if (!theirs) return null_argument(type);
     memcpy(&size, theirs, sizeof size);
-    if (size < first || size > 4096)
+    if (!had_size(size, our_size, first))
         return fail(TRITLSTM_ERROR_ARGUMENT, "%s.size is %zu, which no version had: call tritlstm_%s_init first", type,
                     size, type);
     for (size_t k = our_size; k < size; k++)
@@ -113,7 +127,7 @@ static int take_struct(void *ours, size_t our_size, size_t first, const void *th
 static int give_struct(void *theirs, size_t size, const void *ours, size_t our_size, size_t first, const char *type)
 {
     if (!theirs) return null_argument(type);
-    if (size < first || size > 4096)
+    if (!had_size(size, our_size, first))
         return fail(TRITLSTM_ERROR_ARGUMENT, "size %zu is not that of a %s: pass sizeof(tritlstm_%s)", size, type, type);
     memset(theirs, 0, size);
     memcpy(theirs, ours, size < our_size ? size : our_size);
@@ -129,26 +143,26 @@ tritlstm_status tritlstm_options_init(tritlstm_options *options, size_t size)
     defaults.dtype = TRITLSTM_FLOAT32;
     defaults.device = TRITLSTM_CPU;
     defaults.initial_weights = TRITLSTM_WEIGHTS_UNIFORM;
-    return give_struct(options, size, &defaults, sizeof defaults, sizeof defaults, "options");
+    return give_struct(options, size, &defaults, sizeof defaults, FIRST_OPTIONS, "options");
 }
 
 tritlstm_status tritlstm_load_options_init(tritlstm_load_options *options, size_t size)
 {
     tritlstm_load_options defaults = {0};
     defaults.device = TRITLSTM_CPU;
-    return give_struct(options, size, &defaults, sizeof defaults, sizeof defaults, "load_options");
+    return give_struct(options, size, &defaults, sizeof defaults, FIRST_LOAD_OPTIONS, "load_options");
 }
 
 tritlstm_status tritlstm_forward_args_init(tritlstm_forward_args *args, size_t size)
 {
     tritlstm_forward_args empty = {0};
-    return give_struct(args, size, &empty, sizeof empty, sizeof empty, "forward_args");
+    return give_struct(args, size, &empty, sizeof empty, FIRST_FORWARD_ARGS, "forward_args");
 }
 
 tritlstm_status tritlstm_backward_args_init(tritlstm_backward_args *args, size_t size)
 {
     tritlstm_backward_args empty = {0};
-    return give_struct(args, size, &empty, sizeof empty, sizeof empty, "backward_args");
+    return give_struct(args, size, &empty, sizeof empty, FIRST_BACKWARD_ARGS, "backward_args");
 }
 
 /* ---- options and weights ----------------------------------------------------------------------------- */
@@ -200,12 +214,26 @@ static void describe_weight(const tritlstm_options *o, int64_t index, char name[
                            : 0;
 }
 
-static int weight_bytes(const tritlstm_options *o, int64_t index, size_t *bytes)
+static int plain_weight_bytes(const tritlstm_options *o, int64_t index, size_t *bytes)
 {
     char name[48];
     int64_t rows, columns;
     describe_weight(o, index, name, &rows, &columns);
     return array_bytes(name, o, rows, columns ? columns : 1, 1, bytes);
+}
+
+/* Name and extents of a handle's weight `index`, which is in range. */
+static void describe(const tritlstm *lstm, int64_t index, tritlstm_weight *weight)
+{
+    if (lstm->weights) *weight = lstm->weights[index];
+    else describe_weight(&lstm->options, index, weight->name, &weight->rows, &weight->columns);
+}
+
+static int weight_bytes(const tritlstm *lstm, int64_t index, size_t *bytes)
+{
+    tritlstm_weight w;
+    describe(lstm, index, &w);
+    return array_bytes(w.name, &lstm->options, w.rows, w.columns ? w.columns : 1, 1, bytes);
 }
 
 static int check_extent(const char *name, int64_t value, int64_t least)
@@ -239,6 +267,15 @@ static int check_dtype(int32_t dtype)
     return TRITLSTM_OK;
 }
 
+static int check_more(const char *more)
+{
+    for (size_t length = 0; more && more[length]; length++)
+        if (length == MAX_MORE)
+            return fail(TRITLSTM_ERROR_ARGUMENT, "more is longer than %d bytes: it begins \"%.40s\"", (int)MAX_MORE,
+                        more);
+    return TRITLSTM_OK;
+}
+
 static int check_options(const tritlstm_options *o)
 {
     int status;
@@ -260,6 +297,7 @@ static int check_options(const tritlstm_options *o)
         return fail(TRITLSTM_ERROR_ARGUMENT, "initial_weights is %d: TRITLSTM_WEIGHTS_UNIFORM (1) or _ZERO (2)",
                     (int)o->initial_weights);
     if (o->reserved) return fail(TRITLSTM_ERROR_ARGUMENT, "reserved is %d, but must be 0", (int)o->reserved);
+    if ((status = check_more(o->more))) return status;
 
     /* 8 * H bounds 4 * H and the two directions' outputs, so describe_weight can't overflow after this. */
     if (o->hidden_size > INT64_MAX / 8)
@@ -267,7 +305,7 @@ static int check_options(const tritlstm_options *o)
     uint64_t total = 0;
     for (int64_t k = 0; k < weight_count(o); k++) {
         size_t bytes;
-        if ((status = weight_bytes(o, k, &bytes))) return status;
+        if ((status = plain_weight_bytes(o, k, &bytes))) return status;
         if (bytes > MAX_BYTES - total)
             return fail(TRITLSTM_ERROR_OVERFLOW, "the weights of %" PRId64 " layers are too large together",
                         o->num_layers);
@@ -384,28 +422,77 @@ static int check_state(const tritlstm_state *state)
     return check_fork(state->lstm->options.device);
 }
 
+static void discard(tritlstm *lstm)
+{
+    if (!lstm) return;
+    free((char *)lstm->options.more);
+    free(lstm->weights);
+    free(lstm);
+}
+
 static void release(tritlstm *lstm)
 {
     if (__atomic_sub_fetch(&lstm->references, 1, __ATOMIC_ACQ_REL)) return;
     if (!tritlstm_engine_forked(lstm->options.device)) lstm->engine->destroy(lstm->id);
-    free(lstm);
+    discard(lstm);
 }
 
-static int make(const tritlstm_options *options, const void *const *weights, const int32_t *dtypes, tritlstm **result)
+/* Gives the handle a copy of options.more, and the weights that come of it. */
+static int take_more(tritlstm *lstm, const char *more)
+{
+    tritlstm_options *o = &lstm->options;
+    int64_t count = 0, found;
+    int status;
+    if (!lstm->engine->describe)
+        return fail(TRITLSTM_ERROR_UNSUPPORTED,
+                    "more is \"%.200s\", but the engine \"%s\" runs the plain LSTM alone: leave it NULL, or link "
+                    "libtritlstm_python",
+                    more, tritlstm_engine_name);
+    char *copy = malloc(strlen(more) + 1);
+    if (!copy) return fail(TRITLSTM_ERROR_MEMORY, "out of memory");
+    o->more = strcpy(copy, more);
+    if ((status = lstm->engine->describe(o, 0, NULL, &count))) return status;
+    if (count < lstm->count)
+        return fail(TRITLSTM_ERROR_INTERNAL, "the engine has %" PRId64 " weights instead of %" PRId64, count,
+                    lstm->count);
+    if (!(lstm->weights = calloc((size_t)count, sizeof *lstm->weights)))
+        return fail(TRITLSTM_ERROR_MEMORY, "out of memory");
+    if ((status = lstm->engine->describe(o, count, lstm->weights, &found))) return status;
+    for (int64_t k = 0; k < count; k++) lstm->weights[k].name[sizeof lstm->weights[k].name - 1] = 0;
+    lstm->count = count;
+    return TRITLSTM_OK;
+}
+
+/* A handle that knows its weights but has none yet: `finish` or `discard` it. */
+static int begin(const tritlstm_options *options, tritlstm **result)
 {
     const tritlstm_engine_functions *engine;
     int status = check_fork(options->device);
     if (status || (status = tritlstm_engine_start(report, options->device, &engine))) return status;
     tritlstm *lstm = calloc(1, sizeof *lstm);
     if (!lstm) return fail(TRITLSTM_ERROR_MEMORY, "out of memory");
-    if ((status = engine->create(options, weights, dtypes, &lstm->id))) {
-        free(lstm);
+    lstm->engine = engine;
+    lstm->options = *options;
+    lstm->options.more = NULL;
+    lstm->count = weight_count(options);
+    if (options->more && *options->more && (status = take_more(lstm, options->more))) {
+        discard(lstm);
+        return status;
+    }
+    *result = lstm;
+    return TRITLSTM_OK;
+}
+
+/* weights: NULL, or lstm->count pointers, of which those of further weights may be NULL. */
+static int finish(tritlstm *lstm, const void *const *weights, const int32_t *dtypes, tritlstm **result)
+{
+    int status = lstm->engine->create(&lstm->options, weights, dtypes, &lstm->id);
+    if (status) {
+        discard(lstm);
         return status;
     }
     lstm->live = LIVE_LSTM;
     lstm->references = 1;
-    lstm->engine = engine;
-    lstm->options = *options;
     *result = lstm;
     return TRITLSTM_OK;
 }
@@ -413,23 +500,35 @@ static int make(const tritlstm_options *options, const void *const *weights, con
 tritlstm_status tritlstm_create(const tritlstm_options *options, const void *const *weights, tritlstm **lstm)
 {
     tritlstm_options o;
+    tritlstm *made;
     int status;
     if (!lstm) return null_argument("lstm");
     *lstm = NULL;
-    if ((status = take_struct(&o, sizeof o, sizeof o, options, "options")) || (status = check_options(&o)))
+    if ((status = take_struct(&o, sizeof o, FIRST_OPTIONS, options, "options")) || (status = check_options(&o)))
         return status;
-    for (int64_t k = 0; weights && k < weight_count(&o); k++) {
+    int64_t plain = weight_count(&o);
+    for (int64_t k = 0; weights && k < plain; k++) {
         char name[48];
         int64_t rows, columns;
         describe_weight(&o, k, name, &rows, &columns);
         if (!weights[k])
             return fail(TRITLSTM_ERROR_ARGUMENT, "weights[%" PRId64 "] (%s) is NULL: give all %" PRId64 " or none", k,
-                        name, weight_count(&o));
+                        name, plain);
         if ((uintptr_t)weights[k] % element_bytes(o.dtype))
             return fail(TRITLSTM_ERROR_ARGUMENT, "weights[%" PRId64 "] (%s) is not aligned to %zu bytes", k, name,
                         element_bytes(o.dtype));
     }
-    return make(&o, weights, NULL, lstm);
+    if ((status = begin(&o, &made))) return status;
+    if (!weights || made->count == plain) return finish(made, weights, NULL, lstm);
+    const void **all = calloc((size_t)made->count, sizeof *all);
+    if (!all) {
+        discard(made);
+        return fail(TRITLSTM_ERROR_MEMORY, "out of memory");
+    }
+    memcpy(all, weights, (size_t)plain * sizeof *all);
+    status = finish(made, (const void *const *)all, NULL, lstm);
+    free(all);
+    return status;
 }
 
 void tritlstm_destroy(tritlstm *lstm)
@@ -444,7 +543,7 @@ tritlstm_status tritlstm_get_options(const tritlstm *lstm, tritlstm_options *opt
     int status = check_lstm(lstm);
     if (status) return status;
     if (!options) return null_argument("options");
-    return give_struct(options, options->size, &lstm->options, sizeof lstm->options, sizeof lstm->options, "options");
+    return give_struct(options, options->size, &lstm->options, sizeof lstm->options, FIRST_OPTIONS, "options");
 }
 
 /* ---- files ------------------------------------------------------------------------------------------- */
@@ -487,11 +586,6 @@ static int options_from_file(const st_file *file, const char *prefix, tritlstm_o
     if (!w_ih) return no_weights(file, prefix);
     if (w_ih->rank != 2 || w_ih->shape[0] < 4 || w_ih->shape[0] % 4 || w_ih->shape[1] < 1)
         return fail(TRITLSTM_ERROR_WEIGHTS, "'%sweight_ih_l0' is not a [4 * hidden_size, input_size] matrix", prefix);
-    static const char *const variants[] = {"weight_ch_l0", "norm_ih_l0"};
-    for (int k = 0; k < 2; k++)
-        if (find_weight(file, prefix, variants[k]))
-            return fail(TRITLSTM_ERROR_WEIGHTS, "the file has '%s%s': it is of an LSTM with %s, which only Python runs",
-                        prefix, variants[k], k ? "layer normalisation" : "peepholes");
     o->hidden_size = w_ih->shape[0] / 4;
     o->input_size = w_ih->shape[1];
     o->bias = find_weight(file, prefix, "bias_ih_l0") != NULL;
@@ -533,13 +627,35 @@ static const char *shape_text(const st_tensor *tensor, char *text, size_t room)
     return text;
 }
 
-static int read_weights(st_file *file, const char *prefix, const tritlstm_options *o, int same_dtype, void **weights,
+static int has_weight(const tritlstm *lstm, const char *name)
+{
+    for (int64_t k = 0; lstm->weights && k < lstm->count; k++)
+        if (!strcmp(lstm->weights[k].name, name)) return 1;
+    return 0;
+}
+
+/* A file of a variant does not become the plain LSTM, nor another variant. */
+static int check_variant(const st_file *file, const char *prefix, const tritlstm *lstm)
+{
+    static const char *const variants[][3] = {{"weight_ch_l0", "peepholes", "peephole=True"},
+                                              {"norm_ih_l0", "layer normalisation", "layer_norm=True"}};
+    for (size_t k = 0; k < sizeof variants / sizeof *variants; k++)
+        if (find_weight(file, prefix, variants[k][0]) && !has_weight(lstm, variants[k][0]))
+            return fail(TRITLSTM_ERROR_WEIGHTS,
+                        "the file has '%s%s': it is of an LSTM with %s, which only the engine \"python\" runs: with "
+                        "\"%s\" in load_options.more",
+                        prefix, variants[k][0], variants[k][1], variants[k][2]);
+    return TRITLSTM_OK;
+}
+
+static int read_weights(st_file *file, const char *prefix, const tritlstm *lstm, int same_dtype, void **weights,
                         int32_t *dtypes)
 {
-    for (int64_t k = 0; k < weight_count(o); k++) {
-        char name[48];
-        int64_t rows, columns;
-        describe_weight(o, k, name, &rows, &columns);
+    for (int64_t k = 0; k < lstm->count; k++) {
+        tritlstm_weight w;
+        describe(lstm, k, &w);
+        const char *name = w.name;
+        int64_t rows = w.rows, columns = w.columns;
         const st_tensor *tensor = find_weight(file, prefix, name);
         if (!tensor) return fail(TRITLSTM_ERROR_WEIGHTS, "the file has no '%s%s'", prefix, name);
         if (tensor->rank != (columns ? 2 : 1) || tensor->shape[0] != rows || (columns && tensor->shape[1] != columns)) {
@@ -550,7 +666,7 @@ static int read_weights(st_file *file, const char *prefix, const tritlstm_option
                         shape_text(tensor, found, sizeof found), wanted);
         }
         dtypes[k] = dtype_of(tensor);
-        if (!dtypes[k] || (same_dtype && dtypes[k] != o->dtype))
+        if (!dtypes[k] || (same_dtype && dtypes[k] != lstm->options.dtype))
             return fail(TRITLSTM_ERROR_WEIGHTS, "'%s%s' is stored as %s: %s", prefix, name, tensor->dtype,
                         dtypes[k] ? "the weights differ in type, so name one in load_options.dtype"
                                   : "only F64, F32, F16 and BF16 can be read");
@@ -568,12 +684,19 @@ static int create_from_file(st_file *file, const char *prefix, tritlstm_options 
 {
     int same_dtype = o->dtype == TRITLSTM_DTYPE_OF_FILE, status = options_from_file(file, prefix, o);
     if (status) return status;
-    size_t count = (size_t)weight_count(o);
+    tritlstm *made;
+    if ((status = begin(o, &made))) return status;
+    if ((status = check_variant(file, prefix, made))) {
+        discard(made);
+        return status;
+    }
+    size_t count = (size_t)made->count;
     void **weights = calloc(count, sizeof *weights);
     int32_t *dtypes = calloc(count, sizeof *dtypes);
     if (!weights || !dtypes) status = fail(TRITLSTM_ERROR_MEMORY, "out of memory");
-    else status = read_weights(file, prefix, o, same_dtype, weights, dtypes);
-    if (!status) status = make(o, (const void *const *)weights, dtypes, lstm);
+    else status = read_weights(file, prefix, made, same_dtype, weights, dtypes);
+    if (status) discard(made);
+    else status = finish(made, (const void *const *)weights, dtypes, lstm);
     for (size_t k = 0; weights && k < count; k++) free(weights[k]);
     free(weights);
     free(dtypes);
@@ -590,10 +713,10 @@ tritlstm_status tritlstm_create_from_safetensors(const char *path, const tritlst
     *lstm = NULL;
     if (!path) return null_argument("path");
     tritlstm_load_options_init(&load, sizeof load);
-    if (options && (status = take_struct(&load, sizeof load, sizeof load, options, "load_options"))) return status;
+    if (options && (status = take_struct(&load, sizeof load, FIRST_LOAD_OPTIONS, options, "load_options"))) return status;
     if (load.dtype != TRITLSTM_DTYPE_OF_FILE && (status = check_dtype(load.dtype))) return status;
     if ((status = check_device(load.device, load.device_index)) ||
-        (status = check_switch("batch_first", load.batch_first)))
+        (status = check_switch("batch_first", load.batch_first)) || (status = check_more(load.more)))
         return status;
     const char *prefix = load.prefix ? load.prefix : "";
     if (strlen(prefix) > MAX_PREFIX)
@@ -604,6 +727,7 @@ tritlstm_status tritlstm_create_from_safetensors(const char *path, const tritlst
     o.device = load.device;
     o.device_index = load.device_index;
     o.batch_first = load.batch_first;
+    o.more = load.more;
     if ((status = st_open(&file, path))) {
         fail(file_status(status), "'%.400s': %s", path, file.error);
         return file_status(status);
@@ -620,7 +744,7 @@ tritlstm_status tritlstm_num_weights(const tritlstm *lstm, int64_t *count)
     int status = check_lstm(lstm);
     if (status) return status;
     if (!count) return null_argument("count");
-    *count = weight_count(&lstm->options);
+    *count = lstm->count;
     return TRITLSTM_OK;
 }
 
@@ -630,10 +754,10 @@ tritlstm_status tritlstm_weight_info(const tritlstm *lstm, int64_t index, tritls
     int status = check_lstm(lstm);
     if (status) return status;
     if (!weight) return null_argument("weight");
-    if (index < 0 || index >= weight_count(&lstm->options))
-        return fail(TRITLSTM_ERROR_ARGUMENT, "weight %" PRId64 " of %" PRId64, index, weight_count(&lstm->options));
-    describe_weight(&lstm->options, index, ours.name, &ours.rows, &ours.columns);
-    if ((status = weight_bytes(&lstm->options, index, &ours.bytes))) return status;
+    if (index < 0 || index >= lstm->count)
+        return fail(TRITLSTM_ERROR_ARGUMENT, "weight %" PRId64 " of %" PRId64, index, lstm->count);
+    describe(lstm, index, &ours);
+    if ((status = weight_bytes(lstm, index, &ours.bytes))) return status;
     return give_struct(weight, weight->size, &ours, sizeof ours, sizeof ours, "weight");
 }
 
@@ -656,14 +780,14 @@ static int check_weights(const tritlstm *lstm, const void *const *weights, int32
     int status = check_lstm(lstm);
     if (status) return status;
     const tritlstm_options *o = &lstm->options;
-    size_t count = (size_t)weight_count(o);
+    size_t count = (size_t)lstm->count;
     if (!weights) return null_argument("weights");
     if ((status = check_copy(o, device, stream))) return status;
     if (count > FEW && !(set.items = malloc(count * sizeof *set.items)))
         return fail(TRITLSTM_ERROR_MEMORY, "out of memory");
     for (size_t k = 0; k < count; k++) {
         size_t bytes = 0;
-        if (!set.status) set.status = weight_bytes(o, (int64_t)k, &bytes);
+        if (!set.status) set.status = weight_bytes(lstm, (int64_t)k, &bytes);
         add_array(&set, "weights", weights[k], bytes, element_bytes(o->dtype), 0, written);
     }
     status = check_overlap(&set);
@@ -720,6 +844,15 @@ static int check_lengths(const tritlstm_options *o, const int32_t *lengths, int6
     return TRITLSTM_OK;
 }
 
+static int check_resets(const tritlstm *lstm, const uint8_t *resets)
+{
+    if (!resets || lstm->engine->describe) return TRITLSTM_OK;
+    return fail(TRITLSTM_ERROR_UNSUPPORTED,
+                "resets is given, but the engine \"%s\" has none: leave it NULL and call once for each stretch between "
+                "resets, or link libtritlstm_python",
+                tritlstm_engine_name);
+}
+
 static void add_scratch(arrays *set, const char *name, const void *pointer, size_t bytes, int written)
 {
     add_array(set, name, pointer, bytes, TRITLSTM_ALIGNMENT, bytes != 0, written);
@@ -747,12 +880,15 @@ tritlstm_status tritlstm_forward(const tritlstm *lstm, const tritlstm_forward_ar
     tritlstm_forward_args a;
     extents e;
     int status = check_lstm(lstm);
-    if (status || (status = take_struct(&a, sizeof a, sizeof a, args, "forward_args"))) return status;
+    if (status || (status = take_struct(&a, sizeof a, FIRST_FORWARD_ARGS, args, "forward_args"))) return status;
     const tritlstm_options *o = &lstm->options;
-    if ((status = call_extents(o, a.steps, a.batch, &e)) || (status = check_stream(o, a.stream))) return status;
+    if ((status = call_extents(o, a.steps, a.batch, &e)) || (status = check_stream(o, a.stream)) ||
+        (status = check_resets(lstm, a.resets)))
+        return status;
 
     add_array(&set, "x", a.x, e.x, e.element, 1, 0);
     add_array(&set, "lengths", a.lengths, (size_t)a.batch * sizeof *a.lengths, sizeof *a.lengths, 0, 0);
+    add_array(&set, "resets", a.resets, (size_t)a.steps * (size_t)a.batch, 1, 0, 0);
     add_array(&set, "h0", a.h0, a.h0 == a.h_n ? 0 : e.h, e.element, 0, 0);
     add_array(&set, "c0", a.c0, a.c0 == a.c_n ? 0 : e.c, e.element, 0, 0);
     add_array(&set, "out", a.out, e.out, e.element, 1, 1);
@@ -764,14 +900,18 @@ tritlstm_status tritlstm_forward(const tritlstm *lstm, const tritlstm_forward_ar
     return lstm->engine->forward(lstm->id, &a);
 }
 
-static int check_backward(const tritlstm_options *o, const tritlstm_backward_args *a, array *items)
+static int check_backward(const tritlstm *lstm, const tritlstm_backward_args *a, array *items)
 {
+    const tritlstm_options *o = &lstm->options;
     arrays set = {0, 0, items};
     extents e;
     int status;
-    if ((status = call_extents(o, a->steps, a->batch, &e)) || (status = check_stream(o, a->stream))) return status;
+    if ((status = call_extents(o, a->steps, a->batch, &e)) || (status = check_stream(o, a->stream)) ||
+        (status = check_resets(lstm, a->resets)))
+        return status;
     add_array(&set, "x", a->x, e.x, e.element, 1, 0);
     add_array(&set, "lengths", a->lengths, (size_t)a->batch * sizeof *a->lengths, sizeof *a->lengths, 0, 0);
+    add_array(&set, "resets", a->resets, (size_t)a->steps * (size_t)a->batch, 1, 0, 0);
     add_array(&set, "h0", a->h0, e.h, e.element, 0, 0);
     add_array(&set, "c0", a->c0, e.c, e.element, 0, 0);
     add_array(&set, "out", a->out, e.out, e.element, 1, 0);
@@ -784,9 +924,9 @@ static int check_backward(const tritlstm_options *o, const tritlstm_backward_arg
     add_scratch(&set, "workspace", a->workspace, a->workspace_bytes, 1);
     add_scratch(&set, "reserve", a->reserve, a->reserve_bytes, 0);
     if (!set.status && !a->reserve) set.status = null_argument("reserve");
-    for (int64_t k = 0; a->grad_weights && k < weight_count(o) && !set.status; k++) {
+    for (int64_t k = 0; a->grad_weights && k < lstm->count && !set.status; k++) {
         size_t bytes;
-        if ((status = weight_bytes(o, k, &bytes))) return status;
+        if ((status = weight_bytes(lstm, k, &bytes))) return status;
         add_array(&set, "grad_weights", a->grad_weights[k], bytes, e.element, 0, 1);
     }
     if ((status = check_overlap(&set))) return status;
@@ -798,11 +938,11 @@ tritlstm_status tritlstm_backward(const tritlstm *lstm, const tritlstm_backward_
     array few[FEW], *items = few;
     tritlstm_backward_args a;
     int status = check_lstm(lstm);
-    if (status || (status = take_struct(&a, sizeof a, sizeof a, args, "backward_args"))) return status;
-    size_t room = 16 + (a.grad_weights ? (size_t)weight_count(&lstm->options) : 0);
+    if (status || (status = take_struct(&a, sizeof a, FIRST_BACKWARD_ARGS, args, "backward_args"))) return status;
+    size_t room = 16 + (a.grad_weights ? (size_t)lstm->count : 0);
     if (room > FEW && !(items = malloc(room * sizeof *items)))
         return fail(TRITLSTM_ERROR_MEMORY, "out of memory");
-    status = check_backward(&lstm->options, &a, items);
+    status = check_backward(lstm, &a, items);
     if (items != few) free(items);
     return status ? status : lstm->engine->backward(lstm->id, &a);
 }

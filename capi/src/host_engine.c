@@ -431,6 +431,7 @@ const tritlstm_engine_functions *tritlstm_host_functions(void)
         TRITLSTM_ENGINE_INTERFACE, host_create,       host_destroy,   host_get_weights,  host_set_weights,
         host_sizes,                host_forward,      host_backward,  host_state_create, host_state_destroy,
         host_state_reset,          host_state_get,    host_state_set, host_step,         host_explain,
+        NULL,
     };
     return &functions;
 }

@@ -14,3 +14,4 @@ int tritlstm_py_state_set(uint64_t state, const void *h, const void *c, int32_t 
 int tritlstm_py_step(uint64_t state, const void *x, void *out, void *workspace, size_t workspace_bytes, void *stream);
 int tritlstm_py_explain(uint64_t id, int64_t steps, int64_t batch, int32_t training, char *text, size_t capacity,
                         size_t *needed);
+int tritlstm_py_describe(const tritlstm_options *options, int64_t capacity, tritlstm_weight *weights, int64_t *count);

@@ -96,10 +96,16 @@ static int engine_explain(uint64_t id, int64_t steps, int64_t batch, int32_t tra
     CALL(tritlstm_py_explain(id, steps, batch, training, text, capacity, needed));
 }
 
+static int engine_describe(const tritlstm_options *options, int64_t capacity, tritlstm_weight *weights, int64_t *count)
+{
+    CALL(tritlstm_py_describe(options, capacity, weights, count));
+}
+
 static const tritlstm_engine_functions functions = {
     TRITLSTM_ENGINE_INTERFACE, engine_create,       engine_destroy,     engine_get_weights, engine_set_weights,
     engine_sizes,              engine_forward,      engine_backward,    engine_state_create, engine_state_destroy,
     engine_state_reset,        engine_state_get,    engine_state_set,   engine_step,        engine_explain,
+    engine_describe,
 };
 
 /* ---- start ------------------------------------------------------------------------------------------- */

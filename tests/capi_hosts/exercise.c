@@ -284,6 +284,9 @@ static int use_file(const char *path, int32_t dtype, arrays *a)
     tritlstm *lstm = NULL;
     tritlstm_load_options_init(&load, sizeof load);
     load.dtype = dtype;
+    load.more = "peephole=True";
+    REQUIRE(tritlstm_create_from_safetensors(path, &load, &lstm) != TRITLSTM_OK && !lstm);
+    load.more = NULL;
     if (WATCH(tritlstm_create_from_safetensors(path, &load, &lstm))) return last;
     fill_all(a, dtype);
     last = train(lstm, a, 0);
@@ -306,6 +309,9 @@ static void refusals(const char *path, arrays *a)
     o.device = TRITLSTM_CUDA;
     o.device_index = 1000;
     REQUIRE(tritlstm_create(&o, NULL, &lstm) != TRITLSTM_OK && !lstm);
+    options_of(&o, 2);
+    o.more = "peephole=True";
+    REQUIRE(tritlstm_create(&o, NULL, &lstm) == TRITLSTM_ERROR_UNSUPPORTED && !lstm);
     REQUIRE(tritlstm_create_from_safetensors("/nowhere", NULL, &lstm) == TRITLSTM_ERROR_FILE);
     REQUIRE(tritlstm_create_from_safetensors("/dev/null", NULL, &lstm) == TRITLSTM_ERROR_FILE);
     options_of(&o, 2);
@@ -314,6 +320,8 @@ static void refusals(const char *path, arrays *a)
     tritlstm_forward_args_init(&f, sizeof f);
     f.steps = T, f.batch = B, f.x = a->x, f.out = a->x;
     REQUIRE(tritlstm_forward(lstm, &f) == TRITLSTM_ERROR_ARGUMENT);
+    f.out = a->out, f.resets = (const uint8_t *)a->x;
+    REQUIRE(tritlstm_forward(lstm, &f) == TRITLSTM_ERROR_UNSUPPORTED);
     tritlstm_destroy(lstm);
     tritlstm_destroy(NULL);
     tritlstm_state_destroy(NULL);

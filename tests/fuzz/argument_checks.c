@@ -4,6 +4,7 @@
  * overlaps another, or where a size overflows. Addresses are numbers that are never followed, but for lengths. */
 #include "engine.h"
 
+#include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -18,6 +19,7 @@ static void require(int condition)
 
 const char *const tritlstm_engine_name = "none";
 static tritlstm_options now; /* of the handle in use */
+static tritlstm_report told;
 
 static size_t item(void) { return now.dtype == TRITLSTM_FLOAT64 ? 8 : now.dtype == TRITLSTM_FLOAT32 ? 4 : 2; }
 
@@ -26,6 +28,7 @@ typedef unsigned __int128 wide;
 static int create(const tritlstm_options *o, const void *const *weights, const int32_t *dtypes, uint64_t *id)
 {
     (void)weights, (void)dtypes;
+    require(!o->more || (*o->more && strlen(o->more) <= 4096));
     require(o->size == sizeof *o && o->input_size >= 1 && o->hidden_size >= 1);
     require(o->num_layers >= 1 && o->num_layers <= TRITLSTM_MAX_LAYERS);
     require(o->proj_size >= 0 && o->proj_size < o->hidden_size);
@@ -91,12 +94,13 @@ typedef struct span {
     int written;
 } span;
 
-static void check_spans(const span *spans, int count, size_t alignment)
+/* The first is the bytes of `resets`; all others are aligned. */
+static void check_spans(const span *spans, int count)
 {
     for (int a = 0; a < count; a++) {
         uintptr_t begin = (uintptr_t)spans[a].at;
         if (!begin) continue;
-        require(begin % alignment == 0 && (wide)begin + spans[a].bytes <= UINTPTR_MAX);
+        require((!a || begin % item() == 0) && (wide)begin + spans[a].bytes <= UINTPTR_MAX);
         for (int b = 0; b < count; b++) {
             uintptr_t other = (uintptr_t)spans[b].at;
             if (a == b || !other || !spans[a].written || !spans[a].bytes || !spans[b].bytes) continue;
@@ -108,7 +112,8 @@ static void check_spans(const span *spans, int count, size_t alignment)
 static int forward(uint64_t id, const tritlstm_forward_args *a)
 {
     bytes n = bytes_of(a->steps, a->batch);
-    span spans[] = {{a->x, n.x, 0},
+    span spans[] = {{a->resets, (wide)a->steps * (wide)a->batch, 0},
+                    {a->x, n.x, 0},
                     {a->h0 == a->h_n ? NULL : a->h0, n.h, 0},
                     {a->c0 == a->c_n ? NULL : a->c0, n.c, 0},
                     {a->out, n.out, 1},
@@ -119,7 +124,7 @@ static int forward(uint64_t id, const tritlstm_forward_args *a)
     require(id == 7 && a->size == sizeof *a && a->x && a->out && (now.device != TRITLSTM_CPU || !a->stream));
     require((!a->workspace_bytes || a->workspace) && (!a->reserve_bytes || a->reserve));
     require((uintptr_t)a->workspace % TRITLSTM_ALIGNMENT == 0 && (uintptr_t)a->reserve % TRITLSTM_ALIGNMENT == 0);
-    check_spans(spans, sizeof spans / sizeof *spans, item());
+    check_spans(spans, sizeof spans / sizeof *spans);
     for (int64_t b = 0; a->lengths && b < a->batch && now.device == TRITLSTM_CPU; b++)
         require(a->lengths[b] >= 0 && a->lengths[b] <= a->steps);
     return TRITLSTM_OK;
@@ -128,7 +133,8 @@ static int forward(uint64_t id, const tritlstm_forward_args *a)
 static int backward(uint64_t id, const tritlstm_backward_args *a)
 {
     bytes n = bytes_of(a->steps, a->batch);
-    span spans[] = {{a->x, n.x, 0},
+    span spans[] = {{a->resets, (wide)a->steps * (wide)a->batch, 0},
+                    {a->x, n.x, 0},
                     {a->h0, n.h, 0},
                     {a->c0, n.c, 0},
                     {a->out, n.out, 0},
@@ -141,7 +147,7 @@ static int backward(uint64_t id, const tritlstm_backward_args *a)
                     {a->workspace, a->workspace_bytes, 1},
                     {a->reserve, a->reserve_bytes, 0}};
     require(id == 7 && a->size == sizeof *a && a->x && a->out && a->reserve);
-    check_spans(spans, sizeof spans / sizeof *spans, item());
+    check_spans(spans, sizeof spans / sizeof *spans);
     return TRITLSTM_OK;
 }
 
@@ -192,13 +198,30 @@ static int explain(uint64_t id, int64_t steps, int64_t batch, int32_t training, 
     return TRITLSTM_OK;
 }
 
+/* One further weight, a vector of H. */
+static int describe(const tritlstm_options *o, int64_t capacity, tritlstm_weight *weights, int64_t *count)
+{
+    int64_t plain = o->num_layers * (o->bidirectional ? 2 : 1) * (2 + (o->bias ? 2 : 0) + (o->proj_size ? 1 : 0));
+    require(o->more && *o->more && (!capacity || capacity == plain + 1));
+    if (strstr(o->more, "bad")) return told("no such option"), TRITLSTM_ERROR_ARGUMENT;
+    for (int64_t k = 0; k < capacity; k++) {
+        memset(weights[k].name, 'w', sizeof weights[k].name); /* the front ends it */
+        weights[k].rows = o->hidden_size;
+        weights[k].columns = 0;
+    }
+    *count = plain + 1;
+    return TRITLSTM_OK;
+}
+
 int tritlstm_engine_start(tritlstm_report report, int32_t device, const tritlstm_engine_functions **engine)
 {
     static const tritlstm_engine_functions functions = {
         TRITLSTM_ENGINE_INTERFACE, create,       destroy,      get_weights,   set_weights, sizes, forward, backward,
         state_create,              state_destroy, state_reset, state_get,     state_set,   step,  explain,
+        describe,
     };
-    (void)report, (void)device;
+    (void)device;
+    told = report;
     *engine = &functions;
     return TRITLSTM_OK;
 }
@@ -228,18 +251,21 @@ static uint8_t take_byte(input *in)
     return byte;
 }
 
-/* A struct of the right type: as it comes, or initialised and then changed in some places. */
-#define TAKE(in, type, value)                                                                                        \
+/* A struct of the right type: as it comes, or initialised and then changed in some places. Its last member, which is
+ * younger than the corpus, is the caller's to set from `how`: without more bytes of the input. */
+#define TAKE(in, type, value, last)                                                                                  \
     do {                                                                                                             \
-        uint8_t how = take_byte(in);                                                                                 \
+        size_t first = offsetof(tritlstm_##type, last);                                                              \
+        how = take_byte(in);                                                                                         \
         if (how & 1) {                                                                                               \
-            take(in, &(value), sizeof(value));                                                                       \
-            if (how & 2) (value).size = sizeof(value);                                                               \
-            if ((value).size > sizeof(value)) (value).size = 0; /* nothing may be read behind it */                  \
+            memset(&(value), 0, sizeof(value));                                                                      \
+            take(in, &(value), first);                                                                               \
+            if (how & 2) (value).size = how & 128 ? sizeof(value) : first;                                           \
+            else if ((value).size > first) (value).size = 0; /* nothing may be read behind it */                     \
         } else {                                                                                                     \
             tritlstm_##type##_init(&(value), sizeof(value));                                                         \
             for (int n = how >> 1 & 15; n; n--) {                                                                    \
-                size_t at = sizeof(size_t) + take_byte(in) % (sizeof(value) / 4 - 2) * 4;                            \
+                size_t at = sizeof(size_t) + take_byte(in) % (first / 4 - 2) * 4;                                    \
                 take(in, (char *)&(value) + at, 4);                                                                  \
             }                                                                                                        \
         }                                                                                                            \
@@ -259,19 +285,22 @@ static void use(input *in, tritlstm *lstm)
     static int32_t lengths[64];
     tritlstm_forward_args f;
     tritlstm_backward_args b;
+    uint8_t how;
     tritlstm_state *state;
     int64_t numbers[3];
     char text[64];
     size_t needed;
     switch (take_byte(in) % 6) {
     case 0:
-        TAKE(in, forward_args, f);
+        TAKE(in, forward_args, f, resets);
+        if (how & 64) f.resets = (const uint8_t *)f.x + (how & 32);
         take(in, lengths, sizeof lengths);
         f.lengths = f.lengths && f.batch <= 64 ? lengths : NULL;
         said(tritlstm_forward(lstm, &f));
         break;
     case 1:
-        TAKE(in, backward_args, b);
+        TAKE(in, backward_args, b, resets);
+        if (how & 64) b.resets = (const uint8_t *)b.x + (how & 32);
         take(in, lengths, sizeof lengths);
         b.lengths = b.lengths && b.batch <= 64 ? lengths : NULL;
         b.grad_weights = NULL;
@@ -311,8 +340,13 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     input in = {data, size};
     tritlstm_options options;
+    static const char *const texts[4] = {NULL, "", "bad", "peephole=True"};
+    static char endless[4200];
+    uint8_t how;
     tritlstm *lstm = NULL;
-    TAKE(&in, options, options);
+    TAKE(&in, options, options, more);
+    options.more = texts[how >> 5 & 3];
+    if (how >> 4 == 15) options.more = memset(endless, 'x', sizeof endless - 1);
     int status = said(tritlstm_create(&options, NULL, &lstm));
     require(!status == !!lstm);
     while (lstm && in.left) use(&in, lstm);

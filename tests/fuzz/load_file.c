@@ -25,7 +25,7 @@ static int32_t asked;
 static int create(const tritlstm_options *o, const void *const *weights, const int32_t *dtypes, uint64_t *id)
 {
     int64_t R = o->proj_size ? o->proj_size : o->hidden_size, P = o->bidirectional ? 2 : 1, next = 0;
-    require(weights && dtypes && o->input_size >= 1 && o->hidden_size >= 1 && R <= o->hidden_size && R >= 1);
+    require(!o->more && weights && dtypes && o->input_size >= 1 && o->hidden_size >= 1 && R <= o->hidden_size && R >= 1);
     require(o->num_layers >= 1 && o->num_layers <= TRITLSTM_MAX_LAYERS && o->dtype >= 1 && o->dtype <= 4);
     require(!asked || o->dtype == asked);
     for (int64_t place = 0; place < o->num_layers * P; place++) {
