@@ -416,9 +416,12 @@ def _most_cells(problem: _Problem, tier: str, block_b: int) -> float:
         if few and problem.direction == "backward":
             return 2
         return 8 if problem.direction == "forward" or block_b == 16 else 0
-    if problem.stacked or (problem.normed and tier == "streaming" and problem.device.matrix_rows == 16):
+    if problem.stacked or (problem.normed and tier == "streaming"):
         return 2
-    return 2 if problem.element == 4 and (few or problem.direction == "backward") else 4
+    backward = problem.direction == "backward"
+    if TRITON >= (3, 9) and problem.chains > 1 and backward:
+        return 2  # 4 spill 16 bytes for sm_90 at H=1536
+    return 2 if problem.element == 4 and (few or backward) else 4
 
 
 def _scalar_products(problem: _Problem) -> bool:
