@@ -293,14 +293,14 @@ static void use(input *in, tritlstm *lstm)
     switch (take_byte(in) % 6) {
     case 0:
         TAKE(in, forward_args, f, resets);
-        if (how & 64) f.resets = (const uint8_t *)f.x + (how & 32);
+        if (how & 64) f.resets = (const uint8_t *)((uintptr_t)f.x + (how & 32)); /* an address that nothing reads */
         take(in, lengths, sizeof lengths);
         f.lengths = f.lengths && f.batch <= 64 ? lengths : NULL;
         said(tritlstm_forward(lstm, &f));
         break;
     case 1:
         TAKE(in, backward_args, b, resets);
-        if (how & 64) b.resets = (const uint8_t *)b.x + (how & 32);
+        if (how & 64) b.resets = (const uint8_t *)((uintptr_t)b.x + (how & 32));
         take(in, lengths, sizeof lengths);
         b.lengths = b.lengths && b.batch <= 64 ? lengths : NULL;
         b.grad_weights = NULL;
