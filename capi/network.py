@@ -149,9 +149,8 @@ class Network:
         self.directions = 1 + o.bidirectional
         self.rows = o.num_layers * self.directions
         self.width = o.proj_size or o.hidden_size
-        self.steps_are_cells = self.plain and self.on_cpu and self.dtype in CELL_DTYPES
-        if o.proj_size or o.bidirectional:
-            self.steps_are_cells = False
+        own_step = self.plain and not (o.proj_size or o.bidirectional)
+        self.steps_are_cells = own_step and self.on_cpu and self.dtype in CELL_DTYPES
         self.views: dict[Any, Tensor] = {}
 
     @staticmethod

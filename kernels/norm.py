@@ -14,6 +14,8 @@ from . import exchange, layout
 EPSILON = tl.constexpr(1e-5)
 #: fp32 numbers a row that the forward pass keeps: 1 / std of the product; mean and 1 / std of the cell.
 STATISTICS = tl.constexpr(3)
+#: Of each of both numbers that blocks give each other, those a thread receives together.
+WORDS_A_THREAD = tl.constexpr(4)
 
 
 @triton.constexpr_function
@@ -25,10 +27,8 @@ def blocks_of_units(HX, BLOCK_H):
 @triton.constexpr_function
 def blocks_at_a_time(count, BLOCK_B, WARPS):
     """Of ``count`` blocks, those whose numbers are received together."""
-    # So many words of 64 bits a thread of each of both numbers.
-    words = 4
     whole = 1 << (count - 1).bit_length()
-    return max(1, min(whole, words * 32 * WARPS // BLOCK_B))
+    return max(1, min(whole, WORDS_A_THREAD.value * 32 * WARPS // BLOCK_B))
 
 
 @triton.jit
@@ -61,9 +61,8 @@ def _share(
     slot = room[0] + turn % exchange.TAGGED_SLOTS * (COUNT * 2 * BLOCK_B)
     at = slot + layout.batch_of_cells(0, BLOCK_B)
     block = tl.program_id(0)
-    unit = layout.unit_of_cells(0, BLOCK_H)
-    own = at + block * (2 * BLOCK_B) + unit * 0
-    mask = in_batch & (block < COUNT) & (unit == 0)
+    own = tl.broadcast_to(at + block * (2 * BLOCK_B), first.shape)
+    mask = in_batch & (block < COUNT) & (layout.unit_of_cells(0, BLOCK_H) == 0)
     exchange.publish_tagged(own, first, turn, mask, AMD)
     exchange.publish_tagged(own + BLOCK_B, second, turn, mask, AMD)
     return at
@@ -78,7 +77,7 @@ def _take(
     COUNT: tl.constexpr = blocks_of_units(HX, BLOCK_H)
     wanted = in_batch & (tl.program_id(0) < COUNT)
     if begin + TOGETHER <= COUNT:
-        # A constant apart from the other pieces' pointers, which would else take registers during the whole time loop.
+        # A constant apart from those of other groups, which would else take registers during the whole time loop.
         pointers = at + layout.unit_of_cells(0, TOGETHER) * (2 * BLOCK_B) + begin * 2 * BLOCK_B
     else:
         k = layout.unit_of_cells(begin, TOGETHER)

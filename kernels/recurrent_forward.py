@@ -321,7 +321,7 @@ def recurrent_forward(
                     at = products_ptr + tl.expand_dims(row * (4 * HX) + unit_of_cell * 4, 3) + gate
                     hats = layout.join_gates(r_i.to(dtype), r_f.to(dtype), r_g.to(dtype), r_o.to(dtype))
                     tl.store(at, hats, mask=in_gates)
-                    at = statistics_ptr + row * norm.STATISTICS + unit_of_cell * 0
+                    at = tl.broadcast_to(statistics_ptr + row * norm.STATISTICS, inverse.shape)
                     tl.store(at, inverse, mask=in_batch & (unit_of_cell == 0))
                 r_i, r_f, r_g, r_o = r_i * gains[0], r_f * gains[1], r_g * gains[2], r_o * gains[3]
             i, f, g, o, c_new, h_new = cell.forward(
@@ -335,7 +335,7 @@ def recurrent_forward(
                     H, HX, BLOCK_H, BLOCK_B, SINGLE, AMD, WARPS,
                 )  # fmt: skip
                 if SAVE:
-                    at = statistics_ptr + row * norm.STATISTICS + unit_of_cell * 0
+                    at = tl.broadcast_to(statistics_ptr + row * norm.STATISTICS, inverse.shape)
                     tl.store(at + 1, mean, mask=in_batch & (unit_of_cell == 0))
                     tl.store(at + 2, inverse, mask=in_batch & (unit_of_cell == 0))
                 shown = (c_new - mean) * inverse * gains[4] + gains[5]

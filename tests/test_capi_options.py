@@ -154,7 +154,7 @@ class Pair:
 def assert_all_close(found: list[Tensor], expected: list[Tensor]) -> None:
     for ours, theirs in zip(found, expected, strict=True):
         if theirs.dtype == torch.bfloat16:
-            torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
+            torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=2**-7)
         else:
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 

@@ -726,6 +726,8 @@ def test_what_does_not_compile_is_a_row_with_its_reason(
     [
         (["--match", "no such thing"], "no configuration contains 'no such thing'; --list shows them all"),
         (["--jobs", "0"], "--jobs must be at least 1, got 0"),
+        (["--variant", "norm", "--explain", "8,4,16,16"], "--variant norm goes with neither --counts nor --explain"),
+        (["--variant", "cell", "--counts", "/no/such/file"], "--variant cell goes with neither --counts nor --explain"),
         (["--json", "/no/such/folder/rows.json"], "cannot write /no/such/folder/rows.json: No such file or directory"),
     ],
 )

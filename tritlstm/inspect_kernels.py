@@ -182,6 +182,7 @@ def configurations(device: Device, products: Any = PRODUCTS, variant: str = "pla
     cell there are the recurrent kernels only, and none side by side.
     """
     found: dict[tuple, Configuration] = {}
+    plain, normed = variant == "plain", variant.endswith("norm")
 
     def keep(launch: Launch, chosen: RecurrentPlan | GemmPlan, dtype: torch.dtype) -> None:
         configuration = Configuration(launch, chosen, dtype, device, variant)
@@ -192,7 +193,6 @@ def configurations(device: Device, products: Any = PRODUCTS, variant: str = "pla
     for dtype, precision in products:
         if device.arch.startswith("gfx") and precision == "tf32" and dtype == torch.float32:
             continue  # dot_precision never asks for it there
-        plain, normed = variant == "plain", variant.endswith("norm")
         side_by_side = itertools.product(("forward", "backward"), (1, 2), CHAINS if plain else (1,), (False,))
         stacked = itertools.product(("forward", "backward"), (2,), LAYERS if plain else (), (True,))
         for direction, length, chains, is_stacked in (*side_by_side, *stacked):
@@ -606,6 +606,8 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
 
 def run(args: argparse.Namespace) -> int:
     """Prints a line a configuration; exit status 1 if any has a problem, 2 for wrong arguments, 130 if stopped."""
+    if args.variant != "plain" and (args.counts or args.explain):
+        return _refuse(f"--variant {args.variant} goes with neither --counts nor --explain: leave it out")
     if args.counts:
         return _write_counts(args.counts)
     if args.explain:
