@@ -38,6 +38,8 @@ DTYPES = {
 WORDS = {4: tl.int32, 8: tl.int64}
 #: For the arguments of a store after self, pointers, value and mask.
 NO_POLICY = (None,) * (len(inspect.signature(interpreter.InterpreterBuilder.create_masked_store).parameters) - 4)
+#: Between two looks of a poll.
+POLL_S = 200e-6
 #: For one look of a poll.
 NO_TIME = interpreter.TensorHandle(np.zeros(1, np.uint64), tl.uint64)
 
@@ -161,14 +163,14 @@ class Builder(interpreter.InterpreterBuilder):
         return super().create_atomic_rmw(rmwOp, ptr, val, mask, sem, scope)
 
     def create_atomic_poll(self, ptr, expected, timeout_ns, sem, scope):
-        # The limit in turns: this machine's time is not the GPU's.
-        matched = False
-        for _ in range(int(timeout_ns.data.item()) // exchange.TURN_NS.value + 1):
-            os.sched_yield()
-            self._pause()
-            matched = super().create_atomic_poll(ptr, expected, NO_TIME, sem, scope)
+        # The limit in turns: this machine's time is not the GPU's. A turn is no shorter than those of other spins.
+        matched = super().create_atomic_poll(ptr, expected, NO_TIME, sem, scope)
+        for _ in range(int(timeout_ns.data.item()) // exchange.TURN_NS.value):
             if matched.data.all():
                 break
+            time.sleep(POLL_S)
+            self._pause()
+            matched = super().create_atomic_poll(ptr, expected, NO_TIME, sem, scope)
         return matched
 
 
