@@ -79,13 +79,13 @@ def patience_program(mark, status, step, limit, end):
 
 
 @triton.constexpr_function
-def poll_program(count, pack, stride, ragged):
+def poll_program(count, pack, stride, ragged, maybe):
     """PTX of one thread's part of ``receive``: reads its ``pack`` runs of 16 bytes of ``count`` tiles until all came.
 
     Operands, in runs of 4 words: the words of all tiles as they are at last, then as they were first read; pointers
     to those of the first tile, the others lie ``stride`` bytes apart; then, one a word too, whether to wait, whether
     the last tile's run exists (``ragged`` only); and pointers to the mark of a time-out and to the status record,
-    the step, and the limit.
+    the step, and the limit; then, if ``maybe``, whether the words first read are these tiles' at all.
     """
     size = 4 * pack
 
@@ -105,7 +105,12 @@ def poll_program(count, pack, stride, ragged):
         lines += [f"cvt.u32.u64 other, ${2 * count * size + n};", "sub.u32 value, other, one;"]
         lines += [f"setp.ne.s32 more, value, {4 * n};", "@more trap;"]
     lines += [f"mov.b32 ${n}, ${count * size + n};" for n in range(count * size)]
-    lines += ["mov.b32 turns, 0;", "check:"]
+    lines.append("mov.b32 turns, 0;")
+    if maybe:
+        lines.append(f"setp.eq.s32 again, {given(count + 7)}, 0;")
+        lines += [f"@again mov.b32 ${n}, 0;" for n in range((count - 1) * size, count * size) if ragged]
+        lines.append("@again bra poll;")
+    lines.append("check:")
     for run in range(pack):
         # Two chains, so that the maxima overlap.
         lines += [f"max.u32 one, {word(0, 0, run)}, {word(0, 1, run)};"]
@@ -206,8 +211,8 @@ def store_constraints(words):
 
 
 @triton.constexpr_function
-def poll_constraints(count, pack):
-    kinds = ["=&r"] * count + ["r"] * count + ["l", "r", "r", "l", "l", "r", "r"]
+def poll_constraints(count, pack, maybe):
+    kinds = ["=&r"] * count + ["r"] * count + ["l", "r", "r", "l", "l", "r", "r"] + ["r"] * maybe
     return ",".join(kind for kind in kinds for _ in range(4 * pack))
 
 
@@ -328,21 +333,37 @@ def _as_values(words, dtype: tl.constexpr):
 
 
 @triton.jit
+def look(reads, inside, AMD: tl.constexpr):
+    """The words of one tile as they are now, zero where ``inside`` (as in :func:`receive`) is false: a tuple."""
+    pointers = tl.expand_dims(reads, -1) + tl.arange(0, 4)
+    return _load_words(pointers, tl.broadcast_to(tl.expand_dims(inside, -1), pointers.shape), 0, 1, AMD)
+
+
+@triton.jit
 def receive(
     reads, wanted, inside, mark, status, step, spin_limit, dtype: tl.constexpr,
     SPAN: tl.constexpr, COUNT: tl.constexpr, PROTOCOL: tl.constexpr, AMD: tl.constexpr, WARPS: tl.constexpr,
+    seen=None, is_seen=None,
 ):  # fmt: skip
     """A tuple of ``COUNT`` tiles ``[..., R * n]``; under ``FLAG``, once every wanted word has arrived.
 
     ``reads`` [..., R] points to the first tile's runs of 16 bytes (``n`` values) as int32; a tile lies ``SPAN`` words
     after the one before. Where ``wanted`` (of a shape that broadcasts) is false nothing is waited for; ``inside``,
-    None or likewise, says which reads of the last tile exist: the others are zero.
+    None or likewise, says which reads of the last tile exist: the others are zero. ``seen`` (``FLAG``, not AMD; one
+    tile): what :func:`look` returned for this tile, if the scalar ``is_seen`` is true, or for another. Then no look at
+    the words is left to the compiler, which would make copies of its own of them in a loop that it pipelines.
     """
     pointers = tl.expand_dims(reads, -1) + tl.arange(0, 4)
     wanted = tl.broadcast_to(tl.expand_dims(wanted, -1), pointers.shape)
     if inside is not None:
         inside = tl.broadcast_to(tl.expand_dims(inside, -1), pointers.shape)
-    words = _load_words(pointers, inside, SPAN, COUNT, AMD)
+    MAYBE: tl.constexpr = seen is not None
+    if MAYBE:
+        words = seen
+        is_seen = (tl.where(is_seen, 1, 0),)
+    else:
+        words = _load_words(pointers, inside, SPAN, COUNT, AMD)
+        is_seen = ()
     if PROTOCOL == FLAG and not AMD:
         # Each thread waits for its own words: no vote, and no barrier but the one that the product needs.
         pack: tl.constexpr = runs_a_thread(pointers.numel, WARPS)
@@ -350,8 +371,8 @@ def receive(
         if inside is not None:
             last = inside.to(tl.int32)
         words = tl.inline_asm_elementwise(
-            poll_program(COUNT, pack, 4 * SPAN, inside is not None), poll_constraints(COUNT, pack),
-            words + (pointers, wanted.to(tl.int32), last, mark, status, step, spin_limit),
+            poll_program(COUNT, pack, 4 * SPAN, inside is not None, MAYBE), poll_constraints(COUNT, pack, MAYBE),
+            words + (pointers, wanted.to(tl.int32), last, mark, status, step, spin_limit) + is_seen,
             dtype=int32s(COUNT), is_pure=False, pack=4 * pack,
         )  # fmt: skip
     elif PROTOCOL == FLAG:

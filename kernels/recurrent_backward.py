@@ -29,25 +29,34 @@ def _single_weights(w_ptr, gate: tl.constexpr, H: tl.constexpr, HX: tl.constexpr
 
 
 @triton.jit
+def _reads(later_words, column_begin, column_end, WORD: tl.constexpr, COUNT: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Where a chunk of gate gradients lies, in runs of 16 bytes, and whether they exist COUNT - 1 chunks further on."""
+    column = column_begin + tl.arange(0, BLOCK_K // (4 * WORD)) * (4 * WORD)
+    reads = later_words[:, None] + (column // WORD)[None, :]
+    return reads, tl.broadcast_to(column[None, :] + (COUNT - 1) * BLOCK_K < column_end, reads.shape)
+
+
+@triton.jit
 def _multiply(
     weights, later_words, column_begin, column_end, waiting, mark, status, step, spin_limit, acc, dtype: tl.constexpr,
     FIRST: tl.constexpr, COUNT: tl.constexpr, RAGGED: tl.constexpr, BLOCK_K: tl.constexpr, PROTOCOL: tl.constexpr,
-    AMD: tl.constexpr, WARPS: tl.constexpr, PRECISION: tl.constexpr,
+    AMD: tl.constexpr, WARPS: tl.constexpr, PRECISION: tl.constexpr, seen=None, is_seen=None,
 ):  # fmt: skip
     """``acc`` plus the products of ``weights[FIRST : FIRST + COUNT]`` with gate gradients from ``column_begin`` on.
 
-    ``RAGGED``: the last of these chunks may reach beyond ``column_end``.
+    ``RAGGED``: the last of these chunks may reach beyond ``column_end``. ``seen``, ``is_seen``: of
+    :func:`exchange.receive`.
     """
     WORD: tl.constexpr = 32 // dtype.primitive_bitwidth  # values in one
-    column = column_begin + tl.arange(0, BLOCK_K // (4 * WORD)) * (4 * WORD)
-    reads = later_words[:, None] + (column // WORD)[None, :]
+    reads, exist = _reads(later_words, column_begin, column_end, WORD, COUNT, BLOCK_K)
     inside = None
     if RAGGED:
-        inside = tl.broadcast_to(column[None, :] + (COUNT - 1) * BLOCK_K < column_end, reads.shape)
+        inside = exist
     wanted = tl.broadcast_to(waiting, reads.shape)
     tiles = exchange.receive(
-        reads, wanted, inside, mark, status, step, spin_limit, dtype, BLOCK_K // WORD, COUNT, PROTOCOL, AMD, WARPS
-    )
+        reads, wanted, inside, mark, status, step, spin_limit, dtype, BLOCK_K // WORD, COUNT, PROTOCOL, AMD, WARPS,
+        seen, is_seen,
+    )  # fmt: skip
     for j in tl.static_range(COUNT):
         acc = tl.dot(weights[FIRST + j], tl.trans(tiles[j]), acc, input_precision=PRECISION)
     return acc
@@ -128,6 +137,7 @@ def recurrent_backward(
     PRECISION: tl.constexpr,
     # Off by default, and then without a trace in the compiled kernel:
     HOIST: tl.constexpr = False,  # let the compiler move what does not change out of the time loop
+    STAGES: tl.constexpr = 1,  # of the loop over streamed chunks; above 1 the compiler copies weights ahead
     CHAINS: tl.constexpr = 1,  # recurrences side by side, of which the last `reverse` walk in reverse
     cuts_ptr=None,  # [T, B] int32: whether the state was zeroed before the step
     peephole_ptr=None,  # [3, H]: of i, f, o
@@ -358,15 +368,23 @@ def recurrent_backward(
                         # Nothing else keeps the compiler from loading the next groups' tiles now, and running out of
                         # registers.
                         tl.debug_barrier()
-                for chunk in tl.range(RESIDENT, N_CHUNKS, disable_licm=STAY):
+                seen = None
+                if STAGES > 1 and PROTOCOL == exchange.FLAG:
+                    reads, exist = _reads(later_words, depth_begin + RESIDENT * BLOCK_K, depth_end, WORD, 1, BLOCK_K)
+                    seen = exchange.look(reads, exist, AMD)
+                for chunk in tl.range(
+                    RESIDENT, N_CHUNKS, num_stages=None if STAGES == 1 else STAGES, disable_licm=STAY
+                ):
                     k = depth_begin + chunk * BLOCK_K
                     streamed = (_weight_chunk(w_ptr, team_begin, k, depth_end, H, HX, ROWS, BLOCK_K),)
                     acc = _multiply(
                         streamed, later_words, k, depth_end, waiting, counter_ptr, status_ptr, step, spin_limit, acc,
                         dtype, 0, 1, N_CHUNKS * BLOCK_K > DEPTH, BLOCK_K, PROTOCOL, AMD, WARPS, PRECISION,
+                        seen, chunk == RESIDENT,
                     )  # fmt: skip
-                    # As above: the compiler would fetch many chunks ahead.
-                    tl.debug_barrier()
+                    if STAGES == 1:
+                        # As above: the compiler would fetch many chunks ahead.
+                        tl.debug_barrier()
                 if STACKED:
                     acc = tl.where(first_step, 0.0, acc) + from_above
                 if PARTS > 1:

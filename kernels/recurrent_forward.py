@@ -19,26 +19,35 @@ def _weight_chunk(
 
 
 @triton.jit
+def _reads(state_words, k_begin, WORD: tl.constexpr, COUNT: tl.constexpr, HX: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Where a chunk of h lies, in runs of 16 bytes, and whether they exist COUNT - 1 chunks further on."""
+    run = tl.arange(0, BLOCK_K // (4 * WORD)) * 4
+    reads = state_words[:, None] + (k_begin // WORD + run)[None, :]
+    k = k_begin + run * WORD
+    return reads, tl.broadcast_to((k[None, :] + (COUNT - 1) * BLOCK_K < HX), reads.shape)
+
+
+@triton.jit
 def _multiply(
     weights, state_words, k_begin, waiting, mark, status, step, spin_limit, acc, dtype: tl.constexpr,
     FIRST: tl.constexpr, COUNT: tl.constexpr, RAGGED: tl.constexpr, HX: tl.constexpr, BLOCK_B: tl.constexpr,
     BLOCK_K: tl.constexpr, PROTOCOL: tl.constexpr, AMD: tl.constexpr, WARPS: tl.constexpr, PRECISION: tl.constexpr,
+    seen=None, is_seen=None,
 ):  # fmt: skip
     """``acc`` plus the products of the chunks ``weights[FIRST : FIRST + COUNT]`` with h from column ``k_begin`` on.
 
-    ``RAGGED``: the last of these chunks of h may reach beyond HX.
+    ``RAGGED``: the last of these chunks of h may reach beyond HX. ``seen``, ``is_seen``: of :func:`exchange.receive`.
     """
     WORD: tl.constexpr = 32 // dtype.primitive_bitwidth  # values in one
-    run = tl.arange(0, BLOCK_K // (4 * WORD)) * 4
-    reads = state_words[:, None] + (k_begin // WORD + run)[None, :]
-    k = k_begin + run * WORD
+    reads, exist = _reads(state_words, k_begin, WORD, COUNT, HX, BLOCK_K)
     inside = None
     if RAGGED:
-        inside = tl.broadcast_to((k[None, :] + (COUNT - 1) * BLOCK_K < HX), reads.shape)
+        inside = exist
     wanted = tl.broadcast_to(waiting[:, None], reads.shape)
     tiles = exchange.receive(
-        reads, wanted, inside, mark, status, step, spin_limit, dtype, BLOCK_K // WORD, COUNT, PROTOCOL, AMD, WARPS
-    )
+        reads, wanted, inside, mark, status, step, spin_limit, dtype, BLOCK_K // WORD, COUNT, PROTOCOL, AMD, WARPS,
+        seen, is_seen,
+    )  # fmt: skip
     for j in tl.static_range(COUNT):
         acc = tl.dot(weights[FIRST + j], tl.trans(tiles[j]), acc, input_precision=PRECISION)
     return acc
@@ -102,6 +111,7 @@ def recurrent_forward(
     PRECISION: tl.constexpr,
     # Off by default, and then without a trace in the compiled kernel:
     HOIST: tl.constexpr = False,  # let the compiler move what does not change out of the time loop
+    STAGES: tl.constexpr = 1,  # of the loop over streamed chunks; above 1 the compiler copies weights ahead
     CHAINS: tl.constexpr = 1,  # recurrences side by side, of which the last `reverse` walk in reverse
     cuts_ptr=None,  # [T, B] int32: whether the state is zeroed before the step
     entry_ptr=None,  # [B + 1, HX]: h0 as the product reads it, and a row of zeros; None: h0_ptr
@@ -282,15 +292,23 @@ def recurrent_forward(
                         # Nothing else keeps the compiler from loading the next groups' tiles now, and running out of
                         # registers.
                         tl.debug_barrier()
-                for chunk in tl.range(RESIDENT, N_CHUNKS, disable_licm=STAY):
+                seen = None
+                if STAGES > 1 and PROTOCOL == exchange.FLAG:
+                    reads, exist = _reads(state_words, RESIDENT * BLOCK_K, WORD, 1, HX, BLOCK_K)
+                    seen = exchange.look(reads, exist, AMD)
+                for chunk in tl.range(
+                    RESIDENT, N_CHUNKS, num_stages=None if STAGES == 1 else STAGES, disable_licm=STAY
+                ):
                     k = chunk * BLOCK_K + tl.arange(0, BLOCK_K)
                     streamed = (_weight_chunk(w_ptr, unit_begin, k, H, HX, BLOCK_H),)
                     acc = _multiply(
                         streamed, state_words, chunk * BLOCK_K, waiting, counter_ptr, status_ptr, step, spin_limit, acc,
                         dtype, 0, 1, N_CHUNKS * BLOCK_K > HX, HX, BLOCK_B, BLOCK_K, PROTOCOL, AMD, WARPS, PRECISION,
+                        seen, chunk == RESIDENT,
                     )  # fmt: skip
-                    # As above: the compiler would fetch many chunks ahead.
-                    tl.debug_barrier()
+                    if STAGES == 1:
+                        # As above: the compiler would fetch many chunks ahead.
+                        tl.debug_barrier()
 
             p_i, p_f, p_g, p_o = layout.split_gates(tl.reshape(upcoming, (BLOCK_B // 8, BLOCK_H, 8, 2, 2)))
             # A step ahead, so that its latency hides behind the exchange.

@@ -169,6 +169,10 @@ PATHS: dict[str, tuple[tuple[int, int, int, int], dict[str, Any]]] = {
         {"tier": "persistent", "protocol": "counter", "block_h": 16, "block_b": 16, "sms": 4, "amd": True},
     ),
     "streaming": ((3, 3, 7, 150), {"tier": "streaming", "sms": 10, "shared_bytes": 64 << 10, "block_k": 32}),
+    "streaming, copied ahead": (
+        (3, 3, 7, 150),
+        {"tier": "streaming", "sms": 10, "shared_bytes": 64 << 10, "block_k": 32, "stages": 3, "resident": 2},
+    ),
     "streaming, counter": (
         (3, 3, 7, 150),
         {"tier": "streaming", "protocol": "counter", "sms": 10, "shared_bytes": 64 << 10, "block_k": 32},
@@ -183,6 +187,7 @@ PATHS: dict[str, tuple[tuple[int, int, int, int], dict[str, Any]]] = {
         {"tier": "persistent", "block_h": 32, "block_b": 32, "sms": 6},
     ),
     "step": ((4, 5, 7, 37), {"tier": "step"}),
+    "step, copied ahead": ((3, 3, 5, 150), {"tier": "step", "block_k": 32, "stages": 3}),
     "T=1": ((1, 3, 5, 20), {}),
     "B=1": ((4, 1, 5, 20), {}),
     "H=64, free": ((3, 2, 64, 64), {}),
@@ -249,6 +254,21 @@ def test_the_same_inputs_give_the_same_bits_whatever_the_scheduling(protocol):
         again = problem.by_kernels(**options, seed=seed, delays=emulator.Delays(0.05, 0.004))
         for name in NAMES:
             assert torch.equal(first[name], again[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
+@pytest.mark.parametrize("tier", ["streaming", "step"])
+def test_copying_streamed_chunks_ahead_changes_no_bit(tier, dtype):
+    """Only the first streamed chunk of h is looked at before its turn; delays make the later ones late too."""
+    problem = Problem.draw(4, 5, 7, 150, dtype)
+    options = {"tier": tier, "sms": 12, "shared_bytes": 64 << 10, "block_h": 16, "block_k": 32}
+    if tier == "streaming":
+        options |= {"parts": 4, "resident": 1}
+    lengths = [4, 0, 2, 1, 3]
+    plain = problem.by_kernels(lengths, **options, stages=1)
+    ahead = problem.by_kernels(lengths, **options, stages=3, seed=1, delays=emulator.Delays(0.05, 0.004))
+    for name in NAMES:
+        assert torch.equal(plain[name], ahead[name]), name
 
 
 def test_the_protocols_give_the_same_bits():

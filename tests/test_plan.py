@@ -68,6 +68,22 @@ def test_cost_of_a_backward_step_under_the_counter_protocol() -> None:
     assert p.us_per_step == pytest.approx(2.506839, abs=1e-5)
 
 
+@pytest.mark.parametrize(("stages", "resident", "waits"), [(1, 12, 16), (3, 10, 11)])
+def test_cost_of_streaming_with_and_without_a_pipeline(stages: int, resident: int, waits: int) -> None:
+    """H=2048, B=32 in bf16 on an H100: 16 chunks of 16 KiB a block. A pipeline holds three of them, and waits for the
+    first only; without one each is waited for, and one is held beside a tile of h."""
+    if stages > 1 and not (3, 7) <= plan.TRITON < (3, 9):
+        pytest.skip("no pipelines with this Triton")
+    p = plan.recurrent("forward", 256, 32, 2048, torch.bfloat16, H100, overrides={
+        "tier": "streaming", "block_h": 16, "block_b": 32, "stages": stages})  # fmt: skip
+    assert (p.n_blocks, p.n_groups, p.chunks, p.poll, p.resident) == (128, 1, 16, 1, resident)
+    assert ("STAGES" in p.constants) is (stages > 1)
+    # h: 32 * 2048 * 2 = 131072 bytes, for 128 blocks over 5.5e6 bytes/µs; and the waits.
+    assert p.cost.copy == pytest.approx(waits * 0.17 + 3.050403, abs=1e-6)
+    # The chunks that are not on chip, for 128 blocks.
+    assert p.cost.streamed == pytest.approx((16 - resident) * 16384 * 128 / 5.5e6, abs=1e-6)
+
+
 def test_every_part_of_the_cost_counts_once() -> None:
     assert plan.StepCost(1, 2, 4, 8, 16, 32, 64, 128).total == 255
 
@@ -196,6 +212,7 @@ SMALL = ("forward", 100, 64, 256, FP16, H100)
     "wanted",
     [
         {"tier": "persistent"}, {"tier": "streaming"}, {"tier": "step"}, {"protocol": "counter"},
+        {"tier": "streaming", "stages": 1}, {"tier": "step", "stages": 1},
         {"protocol": "flag"}, {"block_h": 32}, {"block_b": 32}, {"tier": "persistent", "block_h": 16, "poll": 1},
         {"n_groups": 1, "protocol": "counter"}, {"block_k": 64, "tier": "persistent"}, {"spin_limit": 7},
         {"tier": "streaming", "resident": 1},

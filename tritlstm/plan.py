@@ -201,6 +201,7 @@ class RecurrentPlan:
     chains: int = 1  # recurrences side by side in the buffers: directions, heads
     at_once: int = 1  # of them, in one launch
     stacked: bool = False  # the chains are layers, each of which reads the one before it
+    stages: int = 1  # of the loop over streamed chunks: above 1 the compiler copies them ahead
 
     @property
     def prologue(self) -> int:
@@ -238,6 +239,8 @@ class RecurrentPlan:
         }
         if self.chains > 1:
             constants["CHAINS"] = self.chains
+        if self.stages > 1:
+            constants["STAGES"] = self.stages
         if self.direction == "forward":
             separate = padded(self.hidden) != self.hidden
             return {**constants, "SAVE": self.save, "SEPARATE_OUT": separate, **dict(self.cell)}
@@ -338,7 +341,7 @@ def _candidates(problem: _Problem) -> Iterator[RecurrentPlan]:
             continue
         whole = _power_of_two(padded(hidden), 16)
         if whole <= 128 and not problem.one_step and not problem.stacked:
-            yield from _feasible(problem, "single", whole, block_b, 1, _single_warps(problem, whole))
+            yield from _feasible(problem, "single", whole, block_b, 1, _single_warps(problem, whole), 1)
         in_loop = ("persistent", "streaming") if problem.normed else ("persistent", "streaming", "step")
         for tier in ("step",) if problem.one_step else in_loop:
             if problem.chains > 1 and tier != "persistent" and not problem.one_step:
@@ -346,7 +349,9 @@ def _candidates(problem: _Problem) -> Iterator[RecurrentPlan]:
             for block_h, parts in _teams(problem, tier):
                 if block_h > 16 and block_h * parts >= 2 * padded(hidden):
                     continue
-                yield from _feasible(problem, tier, block_h, block_b, parts, _num_warps(problem, block_h * parts))
+                for stages in _stages(problem, tier):
+                    num_warps = _num_warps(problem, block_h * parts)
+                    yield from _feasible(problem, tier, block_h, block_b, parts, num_warps, stages)
 
 
 def _teams(problem: _Problem, tier: str) -> tuple[tuple[int, int], ...]:
@@ -396,6 +401,20 @@ def _single_warps(problem: _Problem, units: int) -> int:
     return 4 if units < 32 else 8
 
 
+#: Of the loop over streamed chunks, where it is a pipeline: two of them are under way while one is multiplied. With two
+#: stages the compiler would issue a copy and wait for it at once.
+STAGES = 3
+
+
+def _stages(problem: _Problem, tier: str) -> tuple[int, ...]:
+    """Stages that the loop over streamed chunks may have. AMD's pipelines are other ones; FMAs are slower than any
+    copy; and a streaming kernel's polls are seen to stay out of the pipeline only under the flag protocol."""
+    streams = tier == "step" or (tier == "streaming" and problem.protocols == ("flag",))
+    if not streams or problem.device.arch.startswith("gfx") or _scalar_products(problem):
+        return (1,)
+    return (1, STAGES) if (3, 7) <= TRITON < (3, 9) else (1,)  # where every configuration was compiled
+
+
 #: 32-bit registers of what a thread receives at a time, at most.
 RECEIVED_REGISTERS = 64
 #: Bytes of weights in flight a warp before the time loop: 64 registers of 32 threads.
@@ -430,7 +449,7 @@ def _scalar_products(problem: _Problem) -> bool:
 
 
 def _feasible(
-    problem: _Problem, tier: str, block_h: int, block_b: int, parts: int, num_warps: int
+    problem: _Problem, tier: str, block_h: int, block_b: int, parts: int, num_warps: int, stages: int
 ) -> Iterator[RecurrentPlan]:
     device, hidden, element, sms = problem.device, problem.hidden, problem.element, problem.device.sms
     forward = problem.direction == "forward"
@@ -439,6 +458,8 @@ def _feasible(
     cells = block_h * block_b / threads
     if cells > _most_cells(problem, tier, block_b):
         return
+    if stages > 1 and device.matrix_rows == 16 and cells > 2 and device.arch != "emulated":
+        return  # without wgmma, 24 to 104 bytes spill
     n_blocks = 1 if tier == "single" else -(-padded(hidden) // (block_h * parts)) * parts
     n_tiles = -(-problem.batch // block_b)
     if tier != "step" and n_blocks > sms:
@@ -465,7 +486,15 @@ def _feasible(
         from_shared = device.matrix_rows > 16
         received = RECEIVED_REGISTERS / (1 if cells <= 2 else 2 if tier == "persistent" and from_shared else 4)
         received /= matrices  # two loops' worth of addresses are held
+        if stages > 1 and not forward and not from_shared:
+            received /= 4  # the addresses of copies are held as well; else 8 bytes spill on sm_80
         resident = poll = 0
+        # What the loop over streamed chunks holds, beside tiles that were received before it.
+        passing = chunk_bytes if stages == 1 else stages * chunk_bytes + tile_bytes
+        if tier == "step" and stages > 1:
+            passing += (stages - 1) * tile_bytes  # nobody is waited for, so they are copied ahead as well
+            if passing > room:
+                return
         for together in (16, 8, 4, 2, 1):
             held = min(together, chunks)  # tiles received at a time
             most = (room - held * tile_bytes) // chunk_bytes
@@ -477,19 +506,26 @@ def _feasible(
             if tier == "persistent" and most >= chunks * matrices:
                 resident, poll = chunks, together
                 break
-            # A streamed chunk passes through shared memory as well.
-            if tier == "streaming" and min(most, chunks) > together:
-                resident, poll = min(chunks, most) - 1, together
-                break
+            if tier == "streaming":
+                beside = passing + held * tile_bytes if stages == 1 else max(passing, held * tile_bytes)
+                most = min(chunks - 1, (room - beside) // chunk_bytes)
+                if most >= together:
+                    resident, poll = most, together
+                    break
         if poll == 0:
             return
-        shared = (resident * matrices + (resident < chunks)) * chunk_bytes + min(poll, chunks) * tile_bytes + scratch
+        received_bytes = min(poll, chunks) * tile_bytes
+        if resident == chunks:
+            passing = 0
+        beside = received_bytes + passing if stages == 1 else max(received_bytes, passing)
+        shared = resident * matrices * chunk_bytes + beside + scratch
     plan = RecurrentPlan(
         problem.direction, tier, "none", hidden, problem.dtype, problem.precision, block_h, block_b, block_k, parts,
         chunks, resident, poll, num_warps, n_blocks, n_tiles, n_tiles, shared, problem.save, cost=_NO_COST,
         max_registers=_max_registers(device, not forward and tier != "single" and cells > 2),
         amd=device.arch.startswith("gfx"), hoist=_hoists(problem, tier),
         chains=problem.chains, stacked=problem.stacked,
+        stages=stages,
     )  # fmt: skip
     most = problem.chains if tier == "step" else min(problem.chains, sms // n_blocks)
     if problem.stacked and most < problem.chains:
@@ -525,7 +561,9 @@ def _cost(problem: _Problem, plan: RecurrentPlan) -> StepCost:
     matrix = multiply_adds / (rate * clock)
     shared = share * weight_bytes / (SHARED_BYTES_PER_CLOCK * clock)
     read = rows * depth // plan.parts * element
-    receptions = math.ceil(plan.resident / plan.poll) + (plan.chunks - plan.resident)
+    receptions = math.ceil(plan.resident / plan.poll)
+    # Of a pipeline only the first chunk is waited for: to copy one takes longer than to wait for h.
+    receptions += plan.chunks - plan.resident if plan.stages == 1 else 1
     copy = (
         0.0
         if plan.tier == "single"
@@ -579,9 +617,10 @@ def recurrent(
     """The fastest predicted plan of one recurrent kernel.
 
     ``direction`` is ``'forward'`` or ``'backward'``; ``overrides`` fixes fields of :class:`RecurrentPlan` (``tier``,
-    ``protocol``, ``block_h``, ``block_b``, ``block_k``, ``num_warps``, backward ``parts``, ``at_once``, and after the
-    choice ``resident``, ``poll``, ``n_groups``). ``chains``: so many recurrences side by side, which need nothing of
-    each other (directions, heads of H units); only plans that hold w_hh on chip, and those of one step, know them.
+    ``protocol``, ``block_h``, ``block_b``, ``block_k``, ``num_warps``, backward ``parts``, ``at_once``, ``stages``, and
+    after the choice ``resident``, ``poll``, ``n_groups``). ``chains``: so many recurrences side by side, which need
+    nothing of each other (directions, heads of H units); only plans that hold w_hh on chip, and those of one step, know
+    them.
     ``stacked``: they are layers instead, each of which reads the one before it, and all run at once. ``normed``: with
     layer normalisation.
     Raises :class:`PlanError` if nothing fits.
@@ -721,7 +760,7 @@ def _kib(size: int) -> int:
     return -(-size // 1024)
 
 
-CHOICES = ("tier", "protocol", "block_h", "block_b", "num_warps", "parts", "at_once")
+CHOICES = ("tier", "protocol", "block_h", "block_b", "num_warps", "parts", "at_once", "stages")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -762,6 +801,7 @@ def _adjusted(plan: RecurrentPlan, changes: Mapping[str, Any]) -> RecurrentPlan:
         plan, resident=resident, poll=changes.get("poll", plan.poll),
         n_groups=min(plan.n_tiles, changes.get("n_groups", plan.n_groups)),
         spin_limit=changes.get("spin_limit", plan.spin_limit), amd=changes.get("amd", plan.amd),
+        stages=1 if changes.get("amd") else plan.stages,
     )  # fmt: skip
 
 
