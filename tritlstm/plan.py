@@ -42,6 +42,8 @@ __all__ = [
 ]
 
 TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
+#: 3.7, which the kernels are tuned with. What another one needs besides stands where it is asked for.
+TUNED = (3, 7) <= TRITON < (3, 9)
 TIERS = ("single", "persistent", "streaming", "step")
 PROTOCOLS = {"none": exchange.NONE.value, "counter": exchange.COUNTER.value, "flag": exchange.FLAG.value}
 KERNELS = {"forward": "recurrent_forward", "backward": "recurrent_backward"}
@@ -334,8 +336,8 @@ def _block_k(problem: _Problem, depth: int, tier: str, block_b: int, threads: in
 
 def _candidates(problem: _Problem) -> Iterator[RecurrentPlan]:
     hidden = problem.hidden
-    if problem.stacked and problem.one_step:
-        return
+    if problem.stacked and (problem.one_step or (_scalar_products(problem) and not TUNED)):
+        return  # 16 to 336 bytes spill with Triton 3.6 and 3.9
     for block_b in (16, 32):
         if block_b > 16 and block_b >= 2 * _power_of_two(problem.batch, 16):
             continue
@@ -363,7 +365,7 @@ def _teams(problem: _Problem, tier: str) -> tuple[tuple[int, int], ...]:
     """
     if problem.direction == "forward" or tier == "step":
         # 64 units without wgmma take all registers; side by side, or with Triton 3.6 or 3.9, a few more.
-        fit = problem.device.matrix_rows > 16 or ((3, 7) <= TRITON < (3, 9) and problem.chains == 1)
+        fit = problem.device.matrix_rows > 16 or (TUNED and problem.chains == 1)
         wide = problem.direction == "forward" and fit
         sizes = (16,) if _scalar_products(problem) else (16, 32, 64) if wide else (16, 32)
         return tuple((block_h, 1) for block_h in sizes)
@@ -410,9 +412,12 @@ def _stages(problem: _Problem, tier: str) -> tuple[int, ...]:
     """Stages that the loop over streamed chunks may have. AMD's pipelines are other ones; FMAs are slower than any
     copy; and a streaming kernel's polls are seen to stay out of the pipeline only under the flag protocol."""
     streams = tier == "step" or (tier == "streaming" and problem.protocols == ("flag",))
-    if not streams or problem.device.arch.startswith("gfx") or _scalar_products(problem):
+    arch = problem.device.arch
+    if not streams or arch.startswith("gfx") or _scalar_products(problem):
         return (1,)
-    return (1, STAGES) if (3, 7) <= TRITON < (3, 9) else (1,)  # where every configuration was compiled
+    if tier == "streaming" and problem.device.matrix_rows > 16 and arch not in ("sm_90", "emulated"):
+        return (1,)  # for tcgen05 the compiler would run the polls ahead as well, and fails
+    return (STAGES, 1) if TUNED else (1,)  # where every configuration was compiled
 
 
 #: 32-bit registers of what a thread receives at a time, at most.
@@ -434,6 +439,8 @@ def _most_cells(problem: _Problem, tier: str, block_b: int) -> float:
     if tier == "single":
         if few and problem.direction == "backward":
             return 2
+        if problem.chains > 1 and problem.direction == "forward" and problem.device.matrix_rows > 16 and not TUNED:
+            return 4  # 8 spill 8 to 24 bytes for sm_90
         return 8 if problem.direction == "forward" or block_b == 16 else 0
     if problem.stacked or (problem.normed and tier == "streaming"):
         return 2
@@ -458,8 +465,10 @@ def _feasible(
     cells = block_h * block_b / threads
     if cells > _most_cells(problem, tier, block_b):
         return
-    if stages > 1 and device.matrix_rows == 16 and cells > 2 and device.arch != "emulated":
-        return  # without wgmma, 24 to 104 bytes spill
+    if stages > 1 and device.matrix_rows == 16:
+        # Without wgmma more cells spill 8 to 104 bytes.
+        if cells > (1 if tier == "streaming" and not forward else 2):
+            return
     n_blocks = 1 if tier == "single" else -(-padded(hidden) // (block_h * parts)) * parts
     n_tiles = -(-problem.batch // block_b)
     if tier != "step" and n_blocks > sms:
@@ -486,8 +495,8 @@ def _feasible(
         from_shared = device.matrix_rows > 16
         received = RECEIVED_REGISTERS / (1 if cells <= 2 else 2 if tier == "persistent" and from_shared else 4)
         received /= matrices  # two loops' worth of addresses are held
-        if stages > 1 and not forward and not from_shared:
-            received /= 4  # the addresses of copies are held as well; else 8 bytes spill on sm_80
+        if TRITON < (3, 7) and problem.stacked and not forward:
+            received /= 2  # else 16 bytes spill for sm_90
         resident = poll = 0
         # What the loop over streamed chunks holds, beside tiles that were received before it.
         passing = chunk_bytes if stages == 1 else stages * chunk_bytes + tile_bytes
@@ -774,7 +783,10 @@ def _best(problem: _Problem, fixed: tuple[tuple[str, Any], ...]) -> RecurrentPla
             f"{problem.device.shared_bytes} bytes of shared memory a block)"
             f"{_chains(problem)}{f' with {wanted}' if wanted else ''}"
         )
-    best = min(suiting, key=lambda plan: (plan.us_per_step, plan.num_warps, plan.block_b, plan.block_h, -plan.at_once))
+    # Of equals the one with a pipeline, so that a tile of one chunk runs the kernel that larger ones run.
+    best = min(
+        suiting, key=lambda p: (p.us_per_step, p.num_warps, p.block_b, p.block_h, -p.at_once, -p.stages)
+    )
     return _adjusted(best, {key: value for key, value in wanted.items() if key not in CHOICES})
 
 
