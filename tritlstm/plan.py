@@ -336,8 +336,8 @@ def _block_k(problem: _Problem, depth: int, tier: str, block_b: int, threads: in
 
 def _candidates(problem: _Problem) -> Iterator[RecurrentPlan]:
     hidden = problem.hidden
-    if problem.stacked and (problem.one_step or (_scalar_products(problem) and not TUNED)):
-        return  # 16 to 336 bytes spill with Triton 3.6 and 3.9
+    if problem.stacked and (problem.one_step or _wavefronts_spill(problem)):
+        return
     for block_b in (16, 32):
         if block_b > 16 and block_b >= 2 * _power_of_two(problem.batch, 16):
             continue
@@ -424,6 +424,13 @@ def _stages(problem: _Problem, tier: str) -> tuple[int, ...]:
 RECEIVED_REGISTERS = 64
 #: Bytes of weights in flight a warp before the time loop: 64 registers of 32 threads.
 PROLOGUE_BYTES = 64 * 32 * 4
+
+
+def _wavefronts_spill(problem: _Problem) -> bool:
+    """With Triton 3.6 and 3.9 those of multiply-adds on ordinary cores do, and with 3.9 those without wgmma: 8 to 336
+    bytes, however few tiles are received at a time."""
+    without_wgmma = problem.device.arch.startswith("sm_") and problem.device.matrix_rows == 16
+    return not TUNED and (_scalar_products(problem) or (TRITON >= (3, 9) and without_wgmma))
 
 
 def _most_cells(problem: _Problem, tier: str, block_b: int) -> float:
