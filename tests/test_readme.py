@@ -200,6 +200,26 @@ def test_the_status_table_names_tests_that_exist():
         assert (ROOT / path).is_file(), path
 
 
+def test_the_feature_table_says_what_the_whole_one_says():
+    """A peer is named where docs/features.md says yes in some way, and only there."""
+    page = (ROOT / "docs/features.md").read_text(encoding="utf-8")
+    cells = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in page.splitlines() if line[:1] == "|"]
+    whole = {row[0]: row[1:] for row in cells if len(row) == 9}
+    assert len(whole) >= 30
+    heads = ["GPU", "CPU", "Keras", "ONNX", "Haste", "FlashRNN", "TorchRL"]
+    short = re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", TEXT[TEXT.index("who else has it") :], re.M)
+    assert len(short) >= 25
+    for feature, mine, others in short:
+        if feature == "---":
+            continue
+        own, *peers = whole[feature]
+        assert re.sub(r"\[(.*?)\]\(.*?\)", r"\1", own) == mine, feature
+        named = {head for head in heads if re.search(rf"\b{head}\b", others)}
+        if "nn.LSTM" in others and not named & {"GPU", "CPU"}:
+            named |= {"GPU", "CPU"}
+        assert named == {h for h, cell in zip(heads, peers, strict=True) if cell not in ("no", "?", "–")}, feature
+
+
 def test_the_architectures_are_those_of_the_planner():
     assert set(re.findall(r"\b(?:sm_|gfx)\w+", PROSE)) == set(plan.DEVICES)
 
