@@ -1,7 +1,7 @@
 """What torch.nn.LSTM and LSTMCell promise, asked of tritlstm's: torch's own module tests, and uses around a call.
 
 The samples are those that torch tests its modules with. Every case runs through torch's LSTM and through the
-operators that the Triton kernels stand behind.
+operators that the Triton kernels stand behind; the samples through emulated kernels as well.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.testing._internal import common_modules
 from torch.utils.checkpoint import checkpoint
 
 import tritlstm
-from tritlstm import functional
+from tritlstm import emulator, functional
 
 T, B, D, H = 5, 3, 4, 6
 F64 = torch.float64
@@ -92,6 +92,33 @@ class TestTorchsOwnSamples:
             return tuple(flat(mine(*call.args, **call.kwargs)))
 
         assert torch.autograd.gradgradcheck(run, (*inputs, *mine.parameters()), fast_mode=True)
+
+    @pytest.mark.parametrize(
+        "number", [k for k, s in enumerate(samples("LSTM")) if not s.constructor_input.kwargs.get("batch_first")]
+    )
+    def test_values_gradients_and_double_gradients_of_emulated_kernels(self, number):
+        """In fp32, which is what they have: against torch's in float64, to some hundred roundings."""
+        sample = samples("LSTM")[number]
+        constructor, call = sample.constructor_input, sample.forward_input
+        torch.manual_seed(number)
+        original = nn.LSTM(*constructor.args, **constructor.kwargs, dtype=F64)
+        mine = tritlstm.LSTM(*constructor.args, **constructor.kwargs)
+        mine.load_state_dict(original.state_dict())
+
+        def derivatives(module: nn.Module, dtype: torch.dtype) -> list[Tensor]:
+            arguments = torch.utils._pytree.tree_map(lambda t: t.detach().to(dtype).requires_grad_(), call.args)
+            wanted = [*flat(arguments), *module.parameters()]
+            results = flat(module(*arguments, **call.kwargs))
+            first = torch.autograd.grad(sum((r * r).sum() for r in results), wanted, create_graph=True)
+            second = torch.autograd.grad(sum((g * g).sum() for g in first), wanted)
+            return [*results, *first, *second]
+
+        with emulator.emulate(sms=4):
+            got = derivatives(mine, torch.float32)
+            assert tritlstm.explain(mine, call.args[0].float()).path == "kernels"
+        for a, b in zip(got, derivatives(original, F64), strict=True):
+            scale = max(1.0, b.abs().max().item())
+            torch.testing.assert_close(a.double(), b, rtol=0, atol=1e-4 * scale)
 
     @pytest.mark.parametrize(("name", "number"), numbered(error_samples))
     def test_errors(self, name, number, path):
