@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import tritlstm
 from tritlstm import emulator, random_bits, reference
@@ -437,6 +437,43 @@ def test_noise_decides_the_bits_and_torch_s_seed_decides_the_noise(path):
         assert not torch.equal(module(x, noise=noise)[0], module(x, noise=noise + 1)[0])
         evaluated = module.eval()(x)[0]
         assert torch.equal(module(x)[0], evaluated)
+
+
+@paths
+@pytest.mark.parametrize("hidden", [H, [H, 6]], ids=["one size", "sizes"])
+def test_bits_of_packed_sequences_follow_the_batch_before_packing(hidden, path):
+    path = Path(path)
+    module = path.lstm(D, hidden, zoneout=(0.4, 0.3), recurrent_dropout=0.25, bidirectional=True)
+    x, lengths, noise = path.draw(T, B, D), [2, 5, 3], NOISE.to(path.device)
+    with path.kernels():
+        packed, (h_n, c_n) = module(pack_padded_sequence(x, lengths, enforce_sorted=False), noise=noise)
+        padded, states = module(x, lengths=lengths, noise=noise)
+    out, ends = pad_packed_sequence(packed)
+    assert ends.tolist() == lengths
+    assert torch.equal(out, padded)
+    assert all(torch.equal(a, b) for a, b in zip((*h_n, *c_n), (*states[0], *states[1]), strict=True))
+    if hidden != H:
+        return
+    scale, zones = 1 - bits(1, (B, H), 0.25), [bits(0, (T, B, H), p, word) for word, p in enumerate((0.4, 0.3))]
+    for b, n in enumerate(lengths):
+        keep_h, keep_c = (zone[:n, b : b + 1] for zone in zones)
+        variant = reference.Variant(keep_h=keep_h, keep_c=keep_c, h_scale=scale[b : b + 1] / 0.75)
+        own = x[:n, b : b + 1].double().cpu().numpy()
+        exact = reference.forward(own, **weights_of(module), variant=variant)
+        path.close(out[:n, b : b + 1, :H], exact.h)
+        path.close(h_n[0, b : b + 1], exact.h_n)
+        path.close(c_n[0, b : b + 1], exact.c_n)
+
+
+def test_dropout_between_layers_is_torch_s_for_packed_sequences_in_any_order():
+    module, theirs = (kind(D, H, 2, dropout=0.5, dtype=torch.float64) for kind in (tritlstm.LSTM, nn.LSTM))
+    theirs.load_state_dict(module.state_dict())
+    packed = pack_padded_sequence(Path("cpu").draw(T, B, D), [2, 5, 3], enforce_sorted=False)
+    torch.manual_seed(4)
+    exact = theirs(packed)[0].data
+    torch.manual_seed(4)
+    got = module(packed, resets=torch.zeros(T, B, dtype=torch.bool))[0].data
+    torch.testing.assert_close(got, exact, rtol=0, atol=1e-12)
 
 
 @paths

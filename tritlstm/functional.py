@@ -217,8 +217,11 @@ def _apply_packed(
         hx = _zero_states(x, batch, options)
     _check(x, batch, hx, weights, options, dim=2)
     if extras is not None:
-        extras = extras.packed(len(batch_sizes), batch, order)
-    out, h_n, c_n = _run(x, batch_sizes, _permute(hx, order), weights, options, extras)
+        extras = extras.packed(len(batch_sizes), batch)
+        # In the order before packing, which decides the places of random bits and of what a trace keeps.
+        out, h_n, c_n = _run_operators(x, batch_sizes, hx, weights, options, extras, order)
+        return PackedSequence(out, batch_sizes, order, undo), (h_n, c_n)
+    out, h_n, c_n = _run(x, batch_sizes, _permute(hx, order), weights, options)
     return PackedSequence(out, batch_sizes, order, undo), _permute((h_n, c_n), undo)
 
 
@@ -404,13 +407,20 @@ def _run_operators(
     weights: list[Tensor],
     options: Options,
     extras: Extras | None = None,
+    order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """`order` are the places of packed sequences in the batch that ``hx`` has; None where they lie in its order."""
     if batch_sizes is not None and x.is_cpu and not runs_kernels(x):
-        return _run_packed_rows(x, batch_sizes, hx, weights, options, extras)
+        return _run_packed_rows(x, batch_sizes, hx, weights, options, extras, order)
     if batch_sizes is not None:
         x, lengths = _VF._pad_packed_sequence(x, batch_sizes, False, 0.0, batch_sizes.size(0))
         on_device = lengths.to(x.device, torch.int32, non_blocking=True)
+        if order is not None:
+            undo = order.argsort()
+            x, on_device = x.index_select(1, undo), on_device.index_select(0, undo)
         out, h_n, c_n = run_layers(x, on_device, hx, weights, options, extras)
+        if order is not None:
+            out = out.index_select(1, order)
         return _VF._pack_padded_sequence(out, lengths, False)[0], h_n, c_n
     if options.batch_first:
         out, h_n, c_n = run_layers(x.transpose(0, 1), None, hx, weights, options, extras)
@@ -425,13 +435,17 @@ def _run_packed_rows(
     weights: list[Tensor],
     options: Options,
     extras: Extras | None,
+    order: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Packed data by one copy each way, where `pad_packed_sequence` has one a step, each with a node of autograd."""
     steps, batch = len(batch_sizes), int(batch_sizes[0])
+    places = torch.arange(batch) if order is None else order
     inside = batch_sizes[:, None] > torch.arange(batch)
-    rows = inside.flatten().nonzero()[:, 0]
+    rows = (torch.arange(steps)[:, None] * batch + places)[inside]
     padded = x.new_zeros(steps * batch, x.size(1)).index_copy(0, rows, x).unflatten(0, (steps, batch))
     lengths = inside.sum(0, dtype=torch.int32)
+    if order is not None:
+        lengths = torch.empty_like(lengths).index_copy_(0, order, lengths)
     out, h_n, c_n = run_layers(padded, lengths, hx, weights, options, extras, rows)
     return out.flatten(0, 1).index_select(0, rows), h_n, c_n
 

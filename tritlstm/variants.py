@@ -53,8 +53,8 @@ class Extras(NamedTuple):
             return self._replace(resets=resets[:, None])
         return self._replace(resets=resets.t() if batch_dim == 0 else resets)
 
-    def packed(self, steps: int, batch: int, order: Tensor | None) -> Extras:
-        """For packed input of `steps` and `batch`, whose sequences lie in `order`."""
+    def packed(self, steps: int, batch: int) -> Extras:
+        """For packed input of `steps` and `batch`, in whose order before packing all here is."""
         if self.resets is None:
             return self
         if self.resets.dtype != torch.bool or self.resets.shape != (steps, batch):
@@ -62,7 +62,7 @@ class Extras(NamedTuple):
                 f"resets beside a PackedSequence must be [T, B] = {[steps, batch]} of torch.bool, in the order of the "
                 f"batch before packing, got {list(self.resets.shape)} of {self.resets.dtype}"
             )
-        return self if order is None else self._replace(resets=self.resets.index_select(1, order))
+        return self
 
     def operator(self, k: int) -> Callable[..., ops.Results]:
         """`ops.layer` for the k-th layer and direction."""
