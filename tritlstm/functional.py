@@ -67,8 +67,9 @@ def lstm(
             out of range raise. A tensor on another device is not read by the host, which would wait for the
             device: there values below 0 count as 0 and values above T as T; so they do where torch.compile,
             torch.export or a torch.func transform traces the call.
-        resets: bool [T, B], [B, T] with `batch_first`, [T] without a batch: the state h and c is zeroed before step t,
-            as where an episode ends. It parts steps t - 1 and t in both directions, so the outputs are those of
+        resets: bool [T, B], [B, T] with `batch_first`, [T] without a batch, always [T, B] of the batch before packing
+            beside a `PackedSequence`: the state h and c is zeroed before step t, as where an episode ends. It parts
+            steps t - 1 and t in both directions, so the outputs are those of
             the parts run one by one from zeros; `resets[0]` replaces `hx`, but not the reverse direction's.
 
     Returns:

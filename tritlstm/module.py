@@ -75,7 +75,7 @@ class LSTM(nn.RNNBase):
         lengths: [B] integers from 0 to T, a tensor on any device or a sequence of ints, in any order, by
             keyword; see `tritlstm.lstm`. For what torch.nn.LSTM takes a `PackedSequence`.
         resets: bool [T, B], [B, T] if `batch_first`, [T] without a batch, by keyword: h and c are zeroed before step
-            t, in every layer; see `tritlstm.lstm`.
+            t, in every layer; see `tritlstm.lstm`. Beside a `PackedSequence` always [T, B], of the batch before packing.
         noise: int64 [2], seed and offset of the zoneout and of the recurrent and weight dropout of this call, by
             keyword. The same two give the same bits on every device. Default: drawn from torch's generator.
         Returns output [T, B, S R], in the form of the input, and (h_n, c_n), in the form of `hx`.
