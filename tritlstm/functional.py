@@ -69,8 +69,8 @@ def lstm(
             torch.export or a torch.func transform traces the call.
         resets: bool [T, B], [B, T] with `batch_first`, [T] without a batch, always [T, B] of the batch before packing
             beside a `PackedSequence`: the state h and c is zeroed before step t, as where an episode ends. It parts
-            steps t - 1 and t in both directions, so the outputs are those of
-            the parts run one by one from zeros; `resets[0]` replaces `hx`, but not the reverse direction's.
+            steps t - 1 and t in both directions, so the outputs are those of the parts run one by one from zeros;
+            `resets[0]` replaces `hx`, but not the reverse direction's.
 
     Returns:
         The output [T, B, S R] (or in the form of the input), and (h_n [L S, B, R], c_n [L S, B, H]), all of
