@@ -545,6 +545,45 @@ def test_per_sample_gradients_with_resets():
             torch.testing.assert_close(value[b], exact, msg=name)
 
 
+META: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "peephole": {"peephole": True, "recompute": True},
+    "random": {"zoneout": 0.1, "recurrent_dropout": 0.1, "weight_dropout": 0.1},
+    "heads": {"num_heads": 2},
+    "norm": {"layer_norm": True, "bidirectional": True},
+    "projection": {"proj_size": 3, "coupled": True},
+    "sizes": {"hidden_size": [6, 4], "cell_clip": 1.0},
+}
+
+
+@pytest.mark.parametrize("call", ["alone", "resets", "lengths", "packed", "vmap"])
+@pytest.mark.parametrize("kind", META.values(), ids=META.keys())
+def test_the_meta_device_has_the_shapes_and_dtypes_of_the_cpu(kind, call):
+    def shapes(device: str, training: bool) -> list[Any]:
+        module = tritlstm.LSTM(**{"input_size": D, "hidden_size": H, **kind}, device=device).train(training)
+        x, given = torch.zeros(T, B, D, device=device, requires_grad=training), {}
+        if call != "alone":
+            given["resets"] = torch.zeros(T, B, dtype=torch.bool, device=device)
+        if call == "lengths":
+            given["lengths"] = torch.tensor([5, 0, 2], device=device)
+        input = PackedSequence(x.flatten(0, 1), torch.tensor([B] * T)) if call == "packed" else x
+        if call == "vmap":
+            input = x[:, :, None]
+            out = torch.func.vmap(lambda x: module.eval()(x)[0], 1, 1)(input)
+            return [out.shape, out.dtype]
+        out, state = module(input, **given)
+        first = out.data if isinstance(out, PackedSequence) else out
+        tensors = [first, *(part for parts in state for part in (parts if isinstance(parts, list) else [parts]))]
+        if training:
+            first.sum().backward()
+            tensors += [value.grad for value in (x, *module.parameters())]
+        assert {value.device.type for value in tensors} == {device}
+        return [(value.shape, value.dtype) for value in tensors]
+
+    for training in (False, True):
+        assert shapes("meta", training) == shapes("cpu", training)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

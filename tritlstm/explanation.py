@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import emulator, functional, plan
+from . import aten, emulator, functional, plan
 from .functional import Lengths
 
 __all__ = ["Explanation", "KernelChoice", "explain"]
@@ -109,7 +109,7 @@ def explain(
     beyond = [*changed, *(["resets"] if resets is not None else [])]
     own_notes = (*own_notes, *_note_variant(module, changed))
     dtype = data.dtype
-    if torch.is_autocast_enabled(data.device.type):
+    if aten.autocasts(data.device.type):
         dtype = torch.get_autocast_dtype(data.device.type)
     if not data.is_cuda and not emulator.active():
         if beyond:

@@ -307,7 +307,7 @@ def transforms(x: Tensor) -> bool:
     # Asked in every call, where it is almost always false: the quick questions come first.
     if torch.compiler.is_compiling() or not (torch._C._are_functorch_transforms_active() or ops.forward_mode()):
         return False
-    if x.device.type not in ("cpu", "cuda"):
+    if x.device.type not in ("cpu", "cuda", "meta"):
         return False
     stack = torch._C._functorch.get_interpreter_stack() or ()
     return ops.forward_mode() or any(level.key() != torch._C._functorch.TransformType.Grad for level in stack)
@@ -390,7 +390,7 @@ def out_width(options: Options) -> int:
 
 def _dtype_of_results(x: Tensor) -> torch.dtype:
     device = x.device.type
-    cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    cast = aten.autocasts(device) and x.dtype != torch.float64
     return torch.get_autocast_dtype(device) if cast else x.dtype
 
 
@@ -573,7 +573,7 @@ def _layer(
 def _multiply(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, rounded once: the product is used at every time step, so it is not left to autocast."""
     wide = aten.state_dtype(a.dtype)
-    with torch.autocast(a.device.type, enabled=False):
+    with aten.without_autocast(a.device.type):
         return (a.to(wide) @ b.to(wide)).to(a.dtype)
 
 

@@ -126,10 +126,10 @@ class Extras(NamedTuple):
 
     def _plain(self, args: tuple[Any, ...], gate0: Tensor | None, cell: Cell, norm: aten.Norm | None) -> ops.Results:
         x = args[0]
-        if torch.is_autocast_enabled(x.device.type):
+        if aten.autocasts(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             args = tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
-        with torch.autocast(x.device.type, enabled=False):
+        with aten.without_autocast(x.device.type):
             run: Any = aten.forward
             return run(*args, self.record is not None, gate0, cell, norm=norm)
 
