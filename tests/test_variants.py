@@ -594,6 +594,11 @@ def test_the_meta_device_has_the_shapes_and_dtypes_of_the_cpu(kind, call):
         ({"recurrent_dropout": -0.1}, r"recurrent_dropout must be a probability in \[0, 1\), got -0.1"),
         ({"weight_dropout": 1}, r"weight_dropout must be a probability in \[0, 1\), got 1"),
         ({"cell_clip": 0.0}, r"cell_clip must be a positive number, got 0.0; None leaves"),
+        ({"cell_clip": True}, r"cell_clip must be a positive number, got True; None leaves"),
+        ({"cell_clip": "1"}, r"cell_clip must be a positive number, got '1'; None leaves"),
+        ({"num_heads": True}, r"num_heads must divide hidden_size, got num_heads=True"),
+        ({"num_heads": 2.0}, r"num_heads must divide hidden_size, got num_heads=2.0"),
+        ({"forget_bias": True}, r"forget_bias must be a number, got True; None draws"),
         ({"num_heads": 5}, r"num_heads must divide hidden_size, got num_heads=5 and hidden_size=12"),
         ({"proj_size": 4, "zoneout": 0.1}, r"zoneout of h can't be had with a projection \(proj_size=4\)"),
         ({"proj_size": 4, "layer_norm": True}, r"layer_norm can't be had with a projection"),
@@ -608,9 +613,58 @@ def test_wrong_options_are_refused(arguments, words):
         tritlstm.LSTM(**{"input_size": D, "hidden_size": H, **arguments})
 
 
+@pytest.mark.parametrize("name", ["peephole", "coupled", "layer_norm", "recompute"])
+@pytest.mark.parametrize("value", ["yes", 1, None], ids=repr)
+def test_a_flag_is_true_or_false(name, value):
+    with pytest.raises(TypeError, match=rf"{name} must be True or False, got {value!r}"):
+        tritlstm.LSTM(D, H, **{name: value})
+
+
+def test_numbers_of_numpy_are_numbers():
+    module = tritlstm.LSTM(D, H, cell_clip=np.float32(0.5), num_heads=np.int64(3), dtype=torch.float64)
+    exact = tritlstm.LSTM(D, H, cell_clip=0.5, num_heads=3, dtype=torch.float64)
+    exact.load_state_dict(module.state_dict())
+    x = 9 * Path("cpu").draw(T, B, D)
+    assert torch.equal(module(x)[0], exact(x)[0])
+    assert module(x)[1][1].abs().max() == 0.5
+
+
+@pytest.mark.parametrize("form", ["batch", "batch first", "unbatched", "packed", "functional"])
+def test_resets_may_be_lists(form):
+    module = tritlstm.LSTM(D, H, batch_first=form == "batch first", dtype=torch.float64)
+    x, resets = Path("cpu").draw(T, B, D), torch.rand((T, B), generator=torch.Generator().manual_seed(2)) < 0.4
+    if form == "packed":
+        input = pack_padded_sequence(x, [2, 5, 3], enforce_sorted=False)
+        assert torch.equal(module(input, resets=resets.tolist())[0].data, module(input, resets=resets)[0].data)
+        return
+    if form == "batch first":
+        x, resets = x.transpose(0, 1), resets.t()
+    elif form == "unbatched":
+        x, resets = x[:, 0], resets[:, 0]
+    got, _ = module(x, resets=resets.tolist())
+    if form == "functional":
+        got, _ = tritlstm.lstm(x, None, list(module.parameters()), resets=resets.tolist())
+    assert resets.any()
+    assert torch.equal(got, module(x, resets=resets)[0])
+    assert torch.equal(got, tritlstm.trace(module, x, resets=resets.tolist()).output)
+
+
+@pytest.mark.parametrize("noise", [torch.zeros(3, dtype=torch.int64), torch.zeros(2), [1, 2], 7], ids=repr)
+@pytest.mark.parametrize("kind", [{}, {"peephole": True}, {"zoneout": 0.1}], ids=str)
+@pytest.mark.parametrize("training", [False, True])
+def test_noise_is_checked_also_where_nothing_is_drawn(kind, noise, training):
+    words = r"noise must be \[2\] of torch.int64, seed and offset, got (\[3\] of|\[2\] of torch.float32|\[1, 2\]|7)"
+    with pytest.raises(ValueError, match=words):
+        tritlstm.LSTM(D, H, **kind).train(training)(torch.zeros(T, B, D), noise=noise)
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
+        ({"resets": [[False] * T] * B}, r"resets must be \[T, B\] = \[5, 3\] of torch.bool, got \[3, 5\]"),
+        ({"resets": [[0] * B] * T}, r"of torch.bool, got \[5, 3\] of torch.int64"),
+        ({"resets": "yes"}, r"resets must be a bool tensor or nested sequences of bools, got 'yes'"),
+        ({"resets": [[False], [False, True]]}, r"resets must be a bool tensor or nested sequences of bools, got \[\[F"),
         ({"resets": torch.zeros(B, T, dtype=torch.bool)}, r"resets must be \[T, B\] = \[5, 3\] .* got \[3, 5\]"),
         ({"resets": torch.zeros(T, B)}, r"of torch.bool, got \[5, 3\] of torch.float32"),
         ({"noise": torch.zeros(3, dtype=torch.int64)}, r"noise must be \[2\] of torch.int64.* got \[3\]"),

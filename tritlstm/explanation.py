@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import aten, emulator, functional, plan
 from .functional import Lengths
+from .variants import Resets
 
 __all__ = ["Explanation", "KernelChoice", "explain"]
 
@@ -71,7 +72,7 @@ def explain(
     *,
     training: bool | None = None,
     lengths: Lengths | None = None,
-    resets: Tensor | None = None,
+    resets: Resets | None = None,
 ) -> Explanation:
     """Says which path ``module(input, hx, lengths=lengths, resets=resets)`` takes, without running it.
 

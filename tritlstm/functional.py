@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 from . import aten, chain_ops, cpu, ops, stack_ops
 from .cell_options import CellOptions
 from .ops import runs_kernels
-from .variants import Extras
+from .variants import Extras, Resets
 
 __all__ = ["lstm"]
 
@@ -39,7 +39,7 @@ def lstm(
     dropout: float = 0.0,
     training: bool = False,
     lengths: Lengths | None = None,
-    resets: Tensor | None = None,
+    resets: Resets | None = None,
 ) -> tuple[Input, States]:
     """Apply an LSTM of one or more layers to whole sequences; `torch.nn.LSTM` as a function.
 
@@ -67,10 +67,10 @@ def lstm(
             out of range raise. A tensor on another device is not read by the host, which would wait for the
             device: there values below 0 count as 0 and values above T as T; so they do where torch.compile,
             torch.export or a torch.func transform traces the call.
-        resets: bool [T, B], [B, T] with `batch_first`, [T] without a batch, always [T, B] of the batch before packing
-            beside a `PackedSequence`: the state h and c is zeroed before step t, as where an episode ends. It parts
-            steps t - 1 and t in both directions, so the outputs are those of the parts run one by one from zeros;
-            `resets[0]` replaces `hx`, but not the reverse direction's.
+        resets: bool, a tensor or nested sequences, [T, B], [B, T] with `batch_first`, [T] without a batch, always
+            [T, B] of the batch before packing beside a `PackedSequence`: the state h and c is zeroed before step t,
+            as where an episode ends. It parts steps t - 1 and t in both directions, so the outputs are those of the
+            parts run one by one from zeros; `resets[0]` replaces `hx`, but not the reverse direction's.
 
     Returns:
         The output [T, B, S R] (or in the form of the input), and (h_n [L S, B, R], c_n [L S, B, H]), all of
@@ -218,7 +218,7 @@ def _apply_packed(
         hx = _zero_states(x, batch, options)
     _check(x, batch, hx, weights, options, dim=2)
     if extras is not None:
-        extras = extras.packed(len(batch_sizes), batch)
+        extras = extras.packed(x, len(batch_sizes), batch)
         # In the order before packing, which decides the places of random bits and of what a trace keeps.
         out, h_n, c_n = _run_operators(x, batch_sizes, hx, weights, options, extras, order)
         return PackedSequence(out, batch_sizes, order, undo), (h_n, c_n)

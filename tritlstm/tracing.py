@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from . import aten
 from .functional import Lengths, States, check_lengths
+from .variants import Resets
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,7 +61,7 @@ def trace(
     hx: Any = None,
     *,
     lengths: Lengths | None = None,
-    resets: Tensor | None = None,
+    resets: Resets | None = None,
     noise: Tensor | None = None,
     differentiable: bool = False,
 ) -> Trace:
