@@ -17,7 +17,7 @@ from .cell_options import Cell, CellOptions
 
 __all__ = ["PARAMETERS", "Extras", "Resets", "dense_heads"]
 
-#: Nested sequences of bools, or of one sequence's.
+#: A bool tensor, or (nested) sequences of bools.
 Resets = Tensor | Sequence[Any]
 
 #: Parameters of a layer and direction that variants have, with their sizes in multiples of H, by option.
