@@ -98,7 +98,7 @@ class _Run(NamedTuple):
     """Layers of a call that run alike."""
 
     first: int
-    count: int
+    layers: int
     path: str
     reason: str
     kernels: tuple[KernelChoice, ...] = ()
@@ -107,14 +107,14 @@ class _Run(NamedTuple):
     beside: str = ""
 
     def name(self, alone: bool) -> str:
-        last = self.first + self.count - 1
+        last = self.first + self.layers - 1
         if alone and self.way == "apart":
-            one = self.count * self.passes == 1
-            name = "the layer" if one else f"each of {self.count} layer(s) x {self.passes} direction(s)"
-        elif self.count == 1:
+            one = self.layers * self.passes == 1
+            name = "the layer" if one else f"each of {self.layers} layer(s) x {self.passes} direction(s)"
+        elif self.layers == 1:
             name = f"layer {self.first}" + (f" in each of {self.passes} directions" if self.passes > 1 else "")
         else:
-            name = f"{self.count} layers" if alone else f"layers {self.first} to {last}"
+            name = f"{self.layers} layers" if alone else f"layers {self.first} to {last}"
             name += " as a wavefront" if self.way == "wavefront" else ", each of them"
             name += f" in each of {self.passes} directions" if self.passes > 1 else ""
         return name + self.beside
@@ -166,7 +166,7 @@ def explain(
         found, own = _runs(module, call, input, length, batch, ends, beyond)
         path = found[0].path
         if runs and not found[0].kernels and (runs[-1].path, runs[-1].reason) == (path, found[0].reason):
-            runs[-1] = runs[-1]._replace(count=runs[-1].count + call.layers)
+            runs[-1] = runs[-1]._replace(layers=runs[-1].layers + call.layers)
         else:
             runs.extend(found)
         for note in (*_note_lengths(data, ends, path), *_note_variant(module, changed, path), *own):
@@ -375,13 +375,13 @@ def _kernel_runs(
         if not (beyond or dropped or directions > 1 or _folds(module)):
             count = plan.next_layers(layers - done, length, batch, *fixed)
             way, chunks, _ = plan.together(length, batch, count, *fixed)
-        place = {"first": call.first + done, "count": count}
+        first = call.first + done
         if way == "wavefront":
-            runs.append(apart._replace(kernels=choices(count, hidden, stacked=True), way=way, **place))
+            runs.append(_Run(first, count, "kernels", apart.reason, choices(count, hidden, stacked=True), way))
         elif way == "apart" and runs and runs[-1].way == "apart":
-            runs[-1] = runs[-1]._replace(count=runs[-1].count + 1)
+            runs[-1] = runs[-1]._replace(layers=runs[-1].layers + 1)
         else:
-            runs.append(apart._replace(way=way, **place))
+            runs.append(apart._replace(first=first, layers=count, way=way))
         if way == "pipeline":
             notes.append(f"{chunks} chunks of time: a layer runs on one while the next layer runs on the one before")
         done += count
@@ -392,7 +392,7 @@ def _kernel_runs(
         return f"{gemm.block_m} rows, {gemm.block_n} gates, {gemm.block_k} deep"
 
     tiles = [tile(call.input_size)]
-    if layers > (runs[0].count if runs[0].way == "wavefront" else 1):
+    if layers > (runs[0].layers if runs[0].way == "wavefront" else 1):
         tiles.append(tile(directions * (getattr(module, "proj_size", 0) or hidden)))
     notes.insert(1, f"the product of input and weights in tiles of {'; above layer 0 of '.join(dict.fromkeys(tiles))}")
     if len(runs) > 1:

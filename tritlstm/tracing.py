@@ -95,7 +95,8 @@ def trace(
         )
     record: list[tuple[Tensor, Tensor, Tensor]] = []
     extras = module._extras(input, resets, noise, record, differentiable)
-    output, state = module._run(input, hx, lengths, extras)
+    call: Any = module._run
+    output, state = call(input, hx, lengths, extras)
     if isinstance(output, PackedSequence):
         output, lengths = pad_packed_sequence(output, batch_first=module.batch_first)
     directions = 2 if module.bidirectional else 1
