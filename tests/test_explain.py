@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Callable
@@ -25,6 +26,7 @@ class Taken:
 
     launches: list[Launch] = dataclasses.field(default_factory=list)
     engines: list[str] = dataclasses.field(default_factory=list)
+    order: list[str] = dataclasses.field(default_factory=list)  # of both, a recurrence being one
 
     @property
     def path(self) -> str:
@@ -42,11 +44,16 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> Taken:
     def record(engine: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def recorded(*args: Any, **more: Any) -> Any:
             taken.engines.append(engine)
+            taken.order.append(engine)
             return original(*args, **more)
 
         return recorded
 
-    monkeypatch.setattr(emulator, "run", taken.launches.append)
+    def launched(launch: Launch) -> None:
+        taken.launches.append(launch)
+        taken.order.extend(["kernels"] * (launch.kernel == "recurrent_forward"))
+
+    monkeypatch.setattr(emulator, "run", launched)
     monkeypatch.setattr(functional._VF, "lstm", record("torch", functional._VF.lstm), raising=False)
     monkeypatch.setattr(functional._VF, "lstm_cell", record("torch", functional._VF.lstm_cell), raising=False)
     monkeypatch.setattr(aten, "forward", record("aten", aten.forward))
@@ -199,7 +206,7 @@ def test_the_words() -> None:
     module, x = lstm(num_layers=3, bidirectional=True, proj_size=8), torch.randn(T, B, D)
     with emulator.emulate(sms=12, shared_bytes=100 << 10):
         told = tritlstm.explain(module, x)
-        gemm = plan.gate_gemm(T * B, D, H, torch.float32, plan.device_of(x))
+        gemm, above = (plan.gate_gemm(T * B, n, H, torch.float32, plan.device_of(x)) for n in (D, 2 * 8))
     lines = str(told).splitlines()
     assert lines[:4] == [
         "path: kernels (Triton kernels)",
@@ -223,7 +230,8 @@ def test_the_words() -> None:
             assert line == f"    not {tier}: {words}"
     assert lines[-5:] == [
         "note: the product of input and weights in tiles of "
-        f"{gemm.block_m} rows, {gemm.block_n} gates, {gemm.block_k} deep",
+        f"{gemm.block_m} rows, {gemm.block_n} gates, {gemm.block_k} deep; above layer 0 of "
+        f"{above.block_m} rows, {above.block_n} gates, {above.block_k} deep",
         "note: layers and directions run one after another",
         "note: projection is folded into w_hh, so the recurrence runs at the full width H",
         "note: derivatives of a gradient and forward-mode ones run in plain PyTorch operators",
@@ -235,6 +243,170 @@ def test_one_layer_is_called_the_layer() -> None:
     with emulator.emulate():
         for module, x in ((lstm(), torch.randn(T, B, D)), (tritlstm.LSTMCell(D, H), torch.randn(B, D))):
             assert "\nthe layer:\n" in str(tritlstm.explain(module, x))
+
+
+def forward_plans(told: tritlstm.explanation.Explanation) -> list[dict[str, Any]]:
+    chosen = [choice.chosen for group in told.groups for choice in group.kernels if choice.name == "forward"]
+    return [plan.launch({}).constants for plan in chosen]
+
+
+@pytest.mark.parametrize("sizes", [[8, 512], [512, 8], [8, 512, 16], [512, 600]], ids=str)
+def test_layers_of_a_size_list_are_explained_each(sizes: list[int], taken: Taken) -> None:
+    module, x = tritlstm.LSTM(3, sizes, layer_norm=True), torch.randn(2, 2, 3)
+    with emulator.emulate(sms=2, shared_bytes=65536):
+        told = tritlstm.explain(module, x)
+        module(x)
+    fits = ["kernels" if size < 512 else "aten" for size in sizes]
+    assert taken.order == fits
+    assert [group.path for group in told.groups] == fits
+    assert told.path == ("mixed" if "kernels" in fits else "aten")
+    assert told.sizes == {"T": 2, "B": 2, "D": 3, "H": sizes}
+    assert [launch.constants for launch in taken.of("recurrent_forward")] == forward_plans(told)
+    lines = str(told).splitlines()
+    assert lines[0] == f"path: {told.path} (not the same for all layers)"
+    for layer, path in enumerate(fits):
+        reason = "Triton kernels" if path == "kernels" else "layer_norm needs all blocks of a step on the device"
+        assert any(line.startswith(f"layer {layer}: {path} ({reason}") for line in lines)
+    two = "layer_norm: two exchanges of row sums more in every step, unless one block holds all units"
+    small = ", ".join(str(layer) for layer, path in enumerate(fits) if path == "kernels")
+    noted = f"note: layer{'s' if ',' in small else ''} {small}: {two}" if small else "nothing"
+    assert [line for line in lines if two in line] == [line for line in lines if line == noted]
+    assert (two in str(told)) == bool(small)
+
+
+def test_layers_of_a_size_list_that_all_run_kernels_have_a_plan_each(taken: Taken) -> None:
+    module, x = tritlstm.LSTM(D, [H, 200], bidirectional=True), torch.randn(T, B, D)
+    with emulator.emulate(sms=12):
+        told = tritlstm.explain(module, x, training=False)
+        with torch.no_grad():
+            module(x)
+    assert told.path == "kernels"
+    assert [group.name for group in told.groups] == [f"layer {k}, both directions side by side" for k in range(2)]
+    assert [kernel.chosen.at_once for kernel in told.kernels] == [2, 1]  # of 12 blocks, layer 1 fills more than half
+    plans = forward_plans(told)
+    assert [launch.constants for launch in taken.of("recurrent_forward")] == [plans[0], plans[1], plans[1]]
+    assert "layer 0, both directions side by side:\n  forward: " in str(told)
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_layer_of_a_size_list_is_told_apart(frozen: int, taken: Taken) -> None:
+    module, x = tritlstm.LSTM(D, [H, 200]), torch.randn(T, B, D)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(f"_l{frozen}" not in name)
+    with emulator.emulate(sms=12):
+        told = tritlstm.explain(module, x)
+        module(x)
+    saves = [launch.constants["SAVE"] for launch in taken.of("recurrent_forward")]
+    assert saves == [group.kernels[0].chosen.launch({}).constants["SAVE"] for group in told.groups]
+    assert saves == [frozen != 0, True]
+
+
+def test_a_size_list_on_the_cpu_mixes_torch_and_plain_operators(taken: Taken) -> None:
+    module, x = tritlstm.LSTM(8, [8, 512, 8, 8]), torch.randn(2, 1, 8)
+    told = tritlstm.explain(module, x)
+    module(x)
+    assert taken.order == ["torch", "aten", "torch", "torch"]
+    assert [(group.name, group.path) for group in told.groups] == [
+        ("layer 0", "torch"), ("layer 1", "aten"), ("layers 2 to 3, each of them", "torch")
+    ]  # fmt: skip
+    assert told.path == "mixed"
+    with torch.no_grad():
+        told = tritlstm.explain(module, x)
+    assert told.path == "torch"
+    assert len(told.groups) == 1
+
+
+def test_groups_of_layers_are_explained_each(taken: Taken) -> None:
+    module, x = tritlstm.LSTM(4, 20, num_layers=5), torch.randn(5, 3, 4)
+    with emulator.emulate(sms=14, tier="persistent", block_h=16, parts=4):
+        told = tritlstm.explain(module, x)
+        module(x)
+    forward = taken.of("recurrent_forward")
+    assert [launch.grid[2] for launch in forward] == [3, 2]
+    assert [group.name for group in told.groups] == ["layers 0 to 2 as a wavefront", "layers 3 to 4 as a wavefront"]
+    assert [launch.constants for launch in forward] == forward_plans(told)
+    assert "note: groups of layers run one after another" in str(told)
+    assert told.path == "kernels"
+
+
+def test_states_of_a_size_list_are_read_for_their_gradient(taken: Taken) -> None:
+    module, x = tritlstm.LSTM(D, [4, 5]).requires_grad_(False), torch.randn(T, B, D)
+    h, c = ([torch.randn(1, B, size) for size in (4, 5)] for _ in range(2))
+    with emulator.emulate(sms=12):
+        assert [k.name for k in tritlstm.explain(module, x, (h, c)).kernels] == ["forward", "forward"]
+        c[1].requires_grad_()
+        told = tritlstm.explain(module, x, (h, c))
+        module(x, (h, c))
+    assert [k.name for k in told.kernels] == ["forward", "forward", "backward"]
+    assert [launch.constants for launch in taken.of("recurrent_forward")] == forward_plans(told)
+
+
+DOUBLE: dict[str, tuple[dict[str, Any], dict[str, Any], bool, str]] = {
+    "autocast": ({}, {}, True, "torch"),
+    "autocast, a variant": ({"peephole": True}, {}, True, "aten"),
+    "autocast, layer norm": ({"layer_norm": True}, {}, True, "aten"),
+    "autocast, lengths": ({}, {"lengths": [30] * 40}, True, "torch"),
+    "lengths in evaluation": ({}, {"lengths": [30, *range(1, 30), *range(1, 11)]}, False, "torch"),
+    "lengths in training": ({}, {"lengths": [30, *range(1, 30), *range(1, 11)]}, False, "aten"),
+    "lengths and resets": ({}, {"lengths": [30] * 40, "resets": torch.zeros(30, 40, dtype=torch.bool)}, False, "aten"),
+}
+
+
+@pytest.mark.parametrize(("kind", "given", "autocast", "path"), DOUBLE.values(), ids=DOUBLE.keys())
+def test_float64_never_runs_kernels(
+    kind: dict[str, Any], given: dict[str, Any], autocast: bool, path: str, taken: Taken, request: Any
+) -> None:
+    module, x = lstm(dtype=torch.float64, **kind), torch.randn(30, 40, D, dtype=torch.float64)
+    module.train("evaluation" not in request.node.callspec.id)
+    with emulator.emulate(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        told = tritlstm.explain(module, x, **given)
+        module(x, **given)
+    assert told.path == taken.path == path
+    words = "a training step" if "training" in request.node.callspec.id else "the kernels compute in float16"
+    assert words in told.reason
+
+
+LENGTHS: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
+    "in evaluation": ({}, {}, False),
+    "in training": ({}, {}, True),
+    "resets": ({}, {"resets": torch.zeros(30, 4, dtype=torch.bool)}, False),
+    "a variant": ({"peephole": True}, {}, False),
+    "layer norm": ({"layer_norm": True}, {}, True),
+    "a projection": ({"proj_size": 8}, {}, True),
+    "sizes": ({"hidden_size": [8, 4]}, {}, False),
+    "sizes in training": ({"hidden_size": [8, 4]}, {}, True),
+}
+
+
+@pytest.mark.parametrize("where", ["cpu", "emulated"])
+@pytest.mark.parametrize(("kind", "given", "training"), LENGTHS.values(), ids=LENGTHS.keys())
+def test_the_batch_is_said_to_be_packed_where_it_is(
+    kind: dict[str, Any], given: dict[str, Any], training: bool, where: str, taken: Taken, monkeypatch: Any
+) -> None:
+    packs: list[int] = []
+    original = functional._VF._pack_padded_sequence
+    monkeypatch.setattr(
+        functional._VF, "_pack_padded_sequence", lambda *args: packs.append(1) or original(*args), raising=False
+    )
+    module, x = tritlstm.LSTM(**{"input_size": D, "hidden_size": H, **kind}).train(training), torch.randn(30, 4, D)
+    given = {"lengths": [30, 28, 25, 20], **given}
+    with emulator.emulate() if where == "emulated" else contextlib.nullcontext():
+        told = tritlstm.explain(module, x, **given)
+        module(x, **given)
+    assert ("sorts and packs the batch" in str(told)) == bool(packs)
+    assert {group.path for group in told.groups} == set(taken.order)
+    if not packs:
+        assert "note: lengths are read on cpu: " in str(told)
+
+
+@pytest.mark.parametrize("given", [{}, {"lengths": [4, 2]}, {"resets": [[False, True]] * 6}], ids=str)
+def test_the_meta_device_is_explained_as_what_runs_there(given: dict[str, Any], taken: Taken) -> None:
+    module, x = tritlstm.LSTM(D, H, device="meta"), torch.zeros(6, 2, D, device="meta")
+    told = tritlstm.explain(module, x, **given)
+    assert told.path == ("aten" if given else "torch")
+    assert told.device == "meta"
+    module(x, **given)
+    assert taken.order == ([] if given else ["torch"])  # an operator has only shapes there
 
 
 class Wrapped(nn.Module):

@@ -50,6 +50,30 @@ def test_gradients_stop_between_chunks():
     assert start[0].grad is None
 
 
+def test_each_iteration_starts_from_the_given_state():
+    module, x, start = tritlstm.LSTM(3, 6, dtype=torch.float64), draw(7, 2, 3), (draw(1, 2, 6), draw(1, 2, 6))
+    run = tritlstm.chunks(module, x, 3, start)
+    assert all(torch.equal(a, b) for a, b in zip(run.state, start, strict=True))
+    whole, state = module(x, start)
+    next(iter(run))  # left after one chunk
+    for _ in range(2):
+        torch.testing.assert_close(torch.cat([out for out, _ in run]), whole)
+        torch.testing.assert_close(run.state, state)
+
+
+@pytest.mark.parametrize("kind", [tritlstm.LSTM, nn.LSTM])
+def test_a_bidirectional_module_is_refused(kind):
+    with pytest.raises(ValueError, match=r"reverse direction begins at the stream's end.* bidirectional=True; run"):
+        tritlstm.chunks(kind(3, 6, bidirectional=True), draw(6, 2, 3), 2)
+
+
+def test_resets_may_be_lists():
+    module, x = tritlstm.LSTM(3, 6, dtype=torch.float64), draw(7, 2, 3)
+    resets = [[t == 4, t in (1, 5)] for t in range(7)]
+    outs = [out for out, _ in tritlstm.chunks(module, x, 3, resets=resets)]
+    torch.testing.assert_close(torch.cat(outs), module(x, resets=torch.tensor(resets))[0])
+
+
 def test_a_length_below_one_is_refused():
     with pytest.raises(ValueError, match="at least one time step, got length=0"):
         tritlstm.chunks(tritlstm.LSTM(3, 6), draw(6, 2, 3), 0)

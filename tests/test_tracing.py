@@ -11,7 +11,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import tritlstm
 from tritlstm import emulator, reference
@@ -86,6 +86,47 @@ def test_a_trace_of_a_variant_with_resets():
     exact = by_reference(module, 0, False, x.numpy(), variant=variant)
     for part in PARTS:
         np.testing.assert_allclose(getattr(got, part).detach().numpy(), getattr(exact, part), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("path", ["cpu", "emulated"])
+@pytest.mark.parametrize("batch_first", [False, True], ids=["time first", "batch first"])
+def test_resets_beside_packed_input_are_time_first_as_the_module_takes_them(batch_first, path):
+    if path == "emulated" and CUDA:
+        pytest.skip("about the emulator")
+    dtype = torch.float32 if path == "emulated" else torch.float64
+    module, lengths = lstm(dtype, batch_first=batch_first), [2, 5, 3, 4, 1]  # B = T: both layouts have this shape
+    x = draw(T, T, D).to(dtype)
+    resets = torch.zeros(T, T, dtype=torch.bool)
+    resets[1, 3] = resets[2, 2] = resets[4, 1] = True
+    packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+    weights = list(module.parameters())
+    with emulator.emulate() if path == "emulated" else contextlib.nullcontext():
+        seen = tritlstm.trace(module, packed, resets=resets)
+        calls = [module(packed, resets=resets), tritlstm.lstm(packed, None, weights, resets=resets)]
+    for out, state in calls:
+        assert torch.equal(seen.output, pad_packed_sequence(out, batch_first)[0])
+        torch.testing.assert_close(seen.state, state, rtol=0, atol=0)
+    limit = 1e-5 if path == "emulated" else 1e-12  # float32: a hundred roundings of order one
+    for b, n in enumerate(lengths):
+        variant = reference.Variant(resets=resets[:n, b : b + 1].numpy())
+        exact = by_reference(module, 0, False, x[:n, b : b + 1].double().numpy(), variant=variant)
+        for part in PARTS:
+            value = getattr(seen[0], part)
+            np.testing.assert_allclose(
+                value[:n, b : b + 1].detach().numpy(), getattr(exact, part), rtol=0, atol=limit, err_msg=part
+            )
+            assert not value[n:, b].any()
+
+
+def test_a_trace_of_packed_input_draws_what_the_module_draws():
+    module = lstm(num_layers=2, dropout=0.5, zoneout=0.3)
+    packed = pack_padded_sequence(draw(T, B, D), [2, 5, 3], enforce_sorted=False)
+    torch.manual_seed(3)
+    seen = tritlstm.trace(module, packed)
+    torch.manual_seed(3)
+    out, state = module(packed)
+    assert torch.equal(seen.output, pad_packed_sequence(out)[0])
+    torch.testing.assert_close(seen.state, state, rtol=0, atol=0)
 
 
 def test_gates_can_be_differentiated_where_it_is_asked_for():

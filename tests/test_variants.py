@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import tritlstm
 from tritlstm import emulator, random_bits, reference
@@ -440,6 +440,43 @@ def test_noise_decides_the_bits_and_torch_s_seed_decides_the_noise(path):
 
 
 @paths
+@pytest.mark.parametrize("hidden", [H, [H, 6]], ids=["one size", "sizes"])
+def test_bits_of_packed_sequences_follow_the_batch_before_packing(hidden, path):
+    path = Path(path)
+    module = path.lstm(D, hidden, zoneout=(0.4, 0.3), recurrent_dropout=0.25, bidirectional=True)
+    x, lengths, noise = path.draw(T, B, D), [2, 5, 3], NOISE.to(path.device)
+    with path.kernels():
+        packed, (h_n, c_n) = module(pack_padded_sequence(x, lengths, enforce_sorted=False), noise=noise)
+        padded, states = module(x, lengths=lengths, noise=noise)
+    out, ends = pad_packed_sequence(packed)
+    assert ends.tolist() == lengths
+    assert torch.equal(out, padded)
+    assert all(torch.equal(a, b) for a, b in zip((*h_n, *c_n), (*states[0], *states[1]), strict=True))
+    if hidden != H:
+        return
+    scale, zones = 1 - bits(1, (B, H), 0.25), [bits(0, (T, B, H), p, word) for word, p in enumerate((0.4, 0.3))]
+    for b, n in enumerate(lengths):
+        keep_h, keep_c = (zone[:n, b : b + 1] for zone in zones)
+        variant = reference.Variant(keep_h=keep_h, keep_c=keep_c, h_scale=scale[b : b + 1] / 0.75)
+        own = x[:n, b : b + 1].double().cpu().numpy()
+        exact = reference.forward(own, **weights_of(module), variant=variant)
+        path.close(out[:n, b : b + 1, :H], exact.h)
+        path.close(h_n[0, b : b + 1], exact.h_n)
+        path.close(c_n[0, b : b + 1], exact.c_n)
+
+
+def test_dropout_between_layers_is_torch_s_for_packed_sequences_in_any_order():
+    module, theirs = (kind(D, H, 2, dropout=0.5, dtype=torch.float64) for kind in (tritlstm.LSTM, nn.LSTM))
+    theirs.load_state_dict(module.state_dict())
+    packed = pack_padded_sequence(Path("cpu").draw(T, B, D), [2, 5, 3], enforce_sorted=False)
+    torch.manual_seed(4)
+    exact = theirs(packed)[0].data
+    torch.manual_seed(4)
+    got = module(packed, resets=torch.zeros(T, B, dtype=torch.bool))[0].data
+    torch.testing.assert_close(got, exact, rtol=0, atol=1e-12)
+
+
+@paths
 def test_recompute_keeps_no_gates(path):
     """Bytes that autograd holds between forward and backward, counted tensor by tensor."""
     path = Path(path)
@@ -508,6 +545,45 @@ def test_per_sample_gradients_with_resets():
             torch.testing.assert_close(value[b], exact, msg=name)
 
 
+META: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "peephole": {"peephole": True, "recompute": True},
+    "random": {"zoneout": 0.1, "recurrent_dropout": 0.1, "weight_dropout": 0.1},
+    "heads": {"num_heads": 2},
+    "norm": {"layer_norm": True, "bidirectional": True},
+    "projection": {"proj_size": 3, "coupled": True},
+    "sizes": {"hidden_size": [6, 4], "cell_clip": 1.0},
+}
+
+
+@pytest.mark.parametrize("call", ["alone", "resets", "lengths", "packed", "vmap"])
+@pytest.mark.parametrize("kind", META.values(), ids=META.keys())
+def test_the_meta_device_has_the_shapes_and_dtypes_of_the_cpu(kind, call):
+    def shapes(device: str, training: bool) -> list[Any]:
+        module = tritlstm.LSTM(**{"input_size": D, "hidden_size": H, **kind}, device=device).train(training)
+        x, given = torch.zeros(T, B, D, device=device, requires_grad=training), {}
+        if call != "alone":
+            given["resets"] = torch.zeros(T, B, dtype=torch.bool, device=device)
+        if call == "lengths":
+            given["lengths"] = torch.tensor([5, 0, 2], device=device)
+        input = PackedSequence(x.flatten(0, 1), torch.tensor([B] * T)) if call == "packed" else x
+        if call == "vmap":
+            input = x[:, :, None]
+            out = torch.func.vmap(lambda x: module.eval()(x)[0], 1, 1)(input)
+            return [out.shape, out.dtype]
+        out, state = module(input, **given)
+        first = out.data if isinstance(out, PackedSequence) else out
+        tensors = [first, *(part for parts in state for part in (parts if isinstance(parts, list) else [parts]))]
+        if training:
+            first.sum().backward()
+            tensors += [value.grad for value in (x, *module.parameters())]
+        assert {value.device.type for value in tensors} == {device}
+        return [(value.shape, value.dtype) for value in tensors]
+
+    for training in (False, True):
+        assert shapes("meta", training) == shapes("cpu", training)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -518,6 +594,11 @@ def test_per_sample_gradients_with_resets():
         ({"recurrent_dropout": -0.1}, r"recurrent_dropout must be a probability in \[0, 1\), got -0.1"),
         ({"weight_dropout": 1}, r"weight_dropout must be a probability in \[0, 1\), got 1"),
         ({"cell_clip": 0.0}, r"cell_clip must be a positive number, got 0.0; None leaves"),
+        ({"cell_clip": True}, r"cell_clip must be a positive number, got True; None leaves"),
+        ({"cell_clip": "1"}, r"cell_clip must be a positive number, got '1'; None leaves"),
+        ({"num_heads": True}, r"num_heads must divide hidden_size, got num_heads=True"),
+        ({"num_heads": 2.0}, r"num_heads must divide hidden_size, got num_heads=2.0"),
+        ({"forget_bias": True}, r"forget_bias must be a number, got True; None draws"),
         ({"num_heads": 5}, r"num_heads must divide hidden_size, got num_heads=5 and hidden_size=12"),
         ({"proj_size": 4, "zoneout": 0.1}, r"zoneout of h can't be had with a projection \(proj_size=4\)"),
         ({"proj_size": 4, "layer_norm": True}, r"layer_norm can't be had with a projection"),
@@ -532,9 +613,58 @@ def test_wrong_options_are_refused(arguments, words):
         tritlstm.LSTM(**{"input_size": D, "hidden_size": H, **arguments})
 
 
+@pytest.mark.parametrize("name", ["peephole", "coupled", "layer_norm", "recompute"])
+@pytest.mark.parametrize("value", ["yes", 1, None], ids=repr)
+def test_a_flag_is_true_or_false(name, value):
+    with pytest.raises(TypeError, match=rf"{name} must be True or False, got {value!r}"):
+        tritlstm.LSTM(D, H, **{name: value})
+
+
+def test_numbers_of_numpy_are_numbers():
+    module = tritlstm.LSTM(D, H, cell_clip=np.float32(0.5), num_heads=np.int64(3), dtype=torch.float64)
+    exact = tritlstm.LSTM(D, H, cell_clip=0.5, num_heads=3, dtype=torch.float64)
+    exact.load_state_dict(module.state_dict())
+    x = 9 * Path("cpu").draw(T, B, D)
+    assert torch.equal(module(x)[0], exact(x)[0])
+    assert module(x)[1][1].abs().max() == 0.5
+
+
+@pytest.mark.parametrize("form", ["batch", "batch first", "unbatched", "packed", "functional"])
+def test_resets_may_be_lists(form):
+    module = tritlstm.LSTM(D, H, batch_first=form == "batch first", dtype=torch.float64)
+    x, resets = Path("cpu").draw(T, B, D), torch.rand((T, B), generator=torch.Generator().manual_seed(2)) < 0.4
+    if form == "packed":
+        input = pack_padded_sequence(x, [2, 5, 3], enforce_sorted=False)
+        assert torch.equal(module(input, resets=resets.tolist())[0].data, module(input, resets=resets)[0].data)
+        return
+    if form == "batch first":
+        x, resets = x.transpose(0, 1), resets.t()
+    elif form == "unbatched":
+        x, resets = x[:, 0], resets[:, 0]
+    got, _ = module(x, resets=resets.tolist())
+    if form == "functional":
+        got, _ = tritlstm.lstm(x, None, list(module.parameters()), resets=resets.tolist())
+    assert resets.any()
+    assert torch.equal(got, module(x, resets=resets)[0])
+    assert torch.equal(got, tritlstm.trace(module, x, resets=resets.tolist()).output)
+
+
+@pytest.mark.parametrize("noise", [torch.zeros(3, dtype=torch.int64), torch.zeros(2), [1, 2], 7], ids=repr)
+@pytest.mark.parametrize("kind", [{}, {"peephole": True}, {"zoneout": 0.1}], ids=str)
+@pytest.mark.parametrize("training", [False, True])
+def test_noise_is_checked_also_where_nothing_is_drawn(kind, noise, training):
+    words = r"noise must be \[2\] of torch.int64, seed and offset, got (\[3\] of|\[2\] of torch.float32|\[1, 2\]|7)"
+    with pytest.raises(ValueError, match=words):
+        tritlstm.LSTM(D, H, **kind).train(training)(torch.zeros(T, B, D), noise=noise)
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
+        ({"resets": [[False] * T] * B}, r"resets must be \[T, B\] = \[5, 3\] of torch.bool, got \[3, 5\]"),
+        ({"resets": [[0] * B] * T}, r"of torch.bool, got \[5, 3\] of torch.int64"),
+        ({"resets": "yes"}, r"resets must be a bool tensor or nested sequences of bools, got 'yes'"),
+        ({"resets": [[False], [False, True]]}, r"resets must be a bool tensor or nested sequences of bools, got \[\[F"),
         ({"resets": torch.zeros(B, T, dtype=torch.bool)}, r"resets must be \[T, B\] = \[5, 3\] .* got \[3, 5\]"),
         ({"resets": torch.zeros(T, B)}, r"of torch.bool, got \[5, 3\] of torch.float32"),
         ({"noise": torch.zeros(3, dtype=torch.int64)}, r"noise must be \[2\] of torch.int64.* got \[3\]"),

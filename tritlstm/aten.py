@@ -14,7 +14,8 @@ as it is when it is exchanged between thread blocks.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -365,6 +366,15 @@ def _walk_back(
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the arithmetic and of the cell state."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for tensors on ``device``. torch has no answer for "meta", which has no autocast."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 def _order(steps: int, reverse: bool) -> range:

@@ -98,7 +98,7 @@ def _fold_backward(op: Any, count: int, args: dict[str, Any]) -> Results:
     if not any(needs[name] for name in SHARED_GRADIENTS):
         return _fold(op, count, args)
     x, w_ih = args["x"], args["w_ih"]
-    with torch.autocast(x.device.type, enabled=False):
+    with aten.without_autocast(x.device.type):
         # With the identity in the place of w_ih, the gradient of x is that of the gates, before any product.
         instead = {
             "x": x.new_zeros(1, 1, 1).expand(*x.shape[:2], w_ih.size(0)),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -58,6 +59,9 @@ class CellOptions:
     @classmethod
     def checked(cls, hidden_sizes: tuple[int, ...], proj_size: int, **given: Any) -> CellOptions:
         """The options, or ValueError with the value received and the remedy."""
+        for name in ("peephole", "coupled", "layer_norm", "recompute"):
+            if not isinstance(given[name], bool):
+                raise TypeError(f"{name} must be True or False, got {given[name]!r}")
         zoneout = given.pop("zoneout")
         pair = tuple(zoneout) if isinstance(zoneout, (tuple, list)) else (zoneout, zoneout)
         if len(pair) != 2 or not all(_is_probability(p) for p in pair):
@@ -72,18 +76,16 @@ class CellOptions:
                 f"activations must be three names, of the gates, of the input node and of the cell on its way out, "
                 f"got {names!r}; known are {', '.join(ACTIVATIONS)}"
             )
+        clip, heads = given["cell_clip"], given["num_heads"]
+        if clip is not None and not (is_number(clip) and math.isfinite(clip) and clip > 0):
+            raise ValueError(f"cell_clip must be a positive number, got {clip!r}; None leaves the cell unclipped")
+        for size in hidden_sizes:
+            if not (is_number(heads) and isinstance(heads, numbers.Integral)) or heads < 1 or size % heads:
+                raise ValueError(f"num_heads must divide hidden_size, got num_heads={heads!r} and hidden_size={size}")
         options = cls(zoneout=(float(pair[0]), float(pair[1])), activations=names, **given)
         for name in ("recurrent_dropout", "weight_dropout"):
             if not _is_probability(getattr(options, name)):
                 raise ValueError(f"{name} must be a probability in [0, 1), got {getattr(options, name)!r}")
-        clip = options.cell_clip
-        if clip is not None and not (math.isfinite(clip) and clip > 0):
-            raise ValueError(f"cell_clip must be a positive number, got {clip!r}; None leaves the cell unclipped")
-        for size in hidden_sizes:
-            if options.num_heads < 1 or size % options.num_heads:
-                raise ValueError(
-                    f"num_heads must divide hidden_size, got num_heads={options.num_heads} and hidden_size={size}"
-                )
         if proj_size:
             options._check_projection(proj_size)
         return options
@@ -117,6 +119,10 @@ class CellOptions:
         given = [field for field in dataclasses.fields(self) if field.init]
         changed = {f.name: getattr(self, f.name) for f in given if getattr(self, f.name) != f.default}
         object.__setattr__(self, "changed", changed)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _is_probability(value: Any) -> bool:

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 from . import aten, chain_ops, cpu, ops, stack_ops
 from .cell_options import CellOptions
 from .ops import runs_kernels
-from .variants import Extras
+from .variants import Extras, Resets
 
 __all__ = ["lstm"]
 
@@ -39,7 +39,7 @@ def lstm(
     dropout: float = 0.0,
     training: bool = False,
     lengths: Lengths | None = None,
-    resets: Tensor | None = None,
+    resets: Resets | None = None,
 ) -> tuple[Input, States]:
     """Apply an LSTM of one or more layers to whole sequences; `torch.nn.LSTM` as a function.
 
@@ -67,9 +67,10 @@ def lstm(
             out of range raise. A tensor on another device is not read by the host, which would wait for the
             device: there values below 0 count as 0 and values above T as T; so they do where torch.compile,
             torch.export or a torch.func transform traces the call.
-        resets: bool [T, B], [B, T] with `batch_first`, [T] without a batch: the state h and c is zeroed before step t,
-            as where an episode ends. It parts steps t - 1 and t in both directions, so the outputs are those of
-            the parts run one by one from zeros; `resets[0]` replaces `hx`, but not the reverse direction's.
+        resets: bool, a tensor or nested sequences, [T, B], [B, T] with `batch_first`, [T] without a batch, always
+            [T, B] of the batch before packing beside a `PackedSequence`: the state h and c is zeroed before step t,
+            as where an episode ends. It parts steps t - 1 and t in both directions, so the outputs are those of the
+            parts run one by one from zeros; `resets[0]` replaces `hx`, but not the reverse direction's.
 
     Returns:
         The output [T, B, S R] (or in the form of the input), and (h_n [L S, B, R], c_n [L S, B, H]), all of
@@ -217,8 +218,11 @@ def _apply_packed(
         hx = _zero_states(x, batch, options)
     _check(x, batch, hx, weights, options, dim=2)
     if extras is not None:
-        extras = extras.packed(len(batch_sizes), batch, order)
-    out, h_n, c_n = _run(x, batch_sizes, _permute(hx, order), weights, options, extras)
+        extras = extras.packed(x, len(batch_sizes), batch)
+        # In the order before packing, which decides the places of random bits and of what a trace keeps.
+        out, h_n, c_n = _run_operators(x, batch_sizes, hx, weights, options, extras, order)
+        return PackedSequence(out, batch_sizes, order, undo), (h_n, c_n)
+    out, h_n, c_n = _run(x, batch_sizes, _permute(hx, order), weights, options)
     return PackedSequence(out, batch_sizes, order, undo), _permute((h_n, c_n), undo)
 
 
@@ -303,7 +307,7 @@ def transforms(x: Tensor) -> bool:
     # Asked in every call, where it is almost always false: the quick questions come first.
     if torch.compiler.is_compiling() or not (torch._C._are_functorch_transforms_active() or ops.forward_mode()):
         return False
-    if x.device.type not in ("cpu", "cuda"):
+    if x.device.type not in ("cpu", "cuda", "meta"):
         return False
     stack = torch._C._functorch.get_interpreter_stack() or ()
     return ops.forward_mode() or any(level.key() != torch._C._functorch.TransformType.Grad for level in stack)
@@ -386,7 +390,7 @@ def out_width(options: Options) -> int:
 
 def _dtype_of_results(x: Tensor) -> torch.dtype:
     device = x.device.type
-    cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    cast = aten.autocasts(device) and x.dtype != torch.float64
     return torch.get_autocast_dtype(device) if cast else x.dtype
 
 
@@ -404,13 +408,20 @@ def _run_operators(
     weights: list[Tensor],
     options: Options,
     extras: Extras | None = None,
+    order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """`order` are the places of packed sequences in the batch that ``hx`` has; None where they lie in its order."""
     if batch_sizes is not None and x.is_cpu and not runs_kernels(x):
-        return _run_packed_rows(x, batch_sizes, hx, weights, options, extras)
+        return _run_packed_rows(x, batch_sizes, hx, weights, options, extras, order)
     if batch_sizes is not None:
         x, lengths = _VF._pad_packed_sequence(x, batch_sizes, False, 0.0, batch_sizes.size(0))
         on_device = lengths.to(x.device, torch.int32, non_blocking=True)
+        if order is not None:
+            undo = order.argsort()
+            x, on_device = x.index_select(1, undo), on_device.index_select(0, undo)
         out, h_n, c_n = run_layers(x, on_device, hx, weights, options, extras)
+        if order is not None:
+            out = out.index_select(1, order)
         return _VF._pack_padded_sequence(out, lengths, False)[0], h_n, c_n
     if options.batch_first:
         out, h_n, c_n = run_layers(x.transpose(0, 1), None, hx, weights, options, extras)
@@ -425,13 +436,17 @@ def _run_packed_rows(
     weights: list[Tensor],
     options: Options,
     extras: Extras | None,
+    order: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Packed data by one copy each way, where `pad_packed_sequence` has one a step, each with a node of autograd."""
     steps, batch = len(batch_sizes), int(batch_sizes[0])
+    places = torch.arange(batch) if order is None else order
     inside = batch_sizes[:, None] > torch.arange(batch)
-    rows = inside.flatten().nonzero()[:, 0]
+    rows = (torch.arange(steps)[:, None] * batch + places)[inside]
     padded = x.new_zeros(steps * batch, x.size(1)).index_copy(0, rows, x).unflatten(0, (steps, batch))
     lengths = inside.sum(0, dtype=torch.int32)
+    if order is not None:
+        lengths = torch.empty_like(lengths).index_copy_(0, order, lengths)
     out, h_n, c_n = run_layers(padded, lengths, hx, weights, options, extras, rows)
     return out.flatten(0, 1).index_select(0, rows), h_n, c_n
 
@@ -558,7 +573,7 @@ def _layer(
 def _multiply(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, rounded once: the product is used at every time step, so it is not left to autocast."""
     wide = aten.state_dtype(a.dtype)
-    with torch.autocast(a.device.type, enabled=False):
+    with aten.without_autocast(a.device.type):
         return (a.to(wide) @ b.to(wide)).to(a.dtype)
 
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import functional, ops
-from .cell_options import CellOptions
+from .cell_options import CellOptions, is_number
 from .functional import Input, Lengths, Options, States
-from .variants import PARAMETERS, Extras
+from .variants import PARAMETERS, Extras, Resets
 
 __all__ = ["LSTM", "LSTMCell", "swap"]
 
@@ -74,8 +74,9 @@ class LSTM(nn.RNNBase):
             zeros.
         lengths: [B] integers from 0 to T, a tensor on any device or a sequence of ints, in any order, by
             keyword; see `tritlstm.lstm`. For what torch.nn.LSTM takes a `PackedSequence`.
-        resets: bool [T, B], [B, T] if `batch_first`, [T] without a batch, by keyword: h and c are zeroed before step
-            t, in every layer; see `tritlstm.lstm`.
+        resets: bool [T, B], [B, T] if `batch_first`, [T] without a batch, a tensor or nested sequences, by keyword: h
+            and c are zeroed before step t, in every layer; see `tritlstm.lstm`. Beside a `PackedSequence` always
+            [T, B], of the batch before packing.
         noise: int64 [2], seed and offset of the zoneout and of the recurrent and weight dropout of this call, by
             keyword. The same two give the same bits on every device. Default: drawn from torch's generator.
         Returns output [T, B, S R], in the form of the input, and (h_n, c_n), in the form of `hx`.
@@ -147,6 +148,8 @@ class LSTM(nn.RNNBase):
             zoneout=zoneout, recurrent_dropout=recurrent_dropout, weight_dropout=weight_dropout,
             activations=activations, num_heads=num_heads, layer_norm=layer_norm, recompute=recompute,
         )  # fmt: skip
+        if forget_bias is not None and not is_number(forget_bias):
+            raise ValueError(f"forget_bias must be a number, got {forget_bias!r}; None draws it like the others")
         if forget_bias is not None and not bias:
             raise ValueError(f"forget_bias={forget_bias!r} needs bias=True, got bias={bias!r}")
         self.hidden_sizes, self.forget_bias = sizes, forget_bias
@@ -222,7 +225,7 @@ class LSTM(nn.RNNBase):
         hx: States | None = None,
         *,
         lengths: Lengths | None = None,
-        resets: Tensor | None = None,
+        resets: Resets | None = None,
         noise: Tensor | None = None,
     ) -> tuple[Input, States]:
         return self._run(input, hx, lengths, self._extras(input, resets, noise))
@@ -254,13 +257,15 @@ class LSTM(nn.RNNBase):
     def _extras(
         self,
         input: Any,
-        resets: Tensor | None,
+        resets: Resets | None,
         noise: Tensor | None,
         record: list[Any] | None = None,
         differentiable: bool = False,
     ) -> Extras | None:
         """What a variant, resets or a trace adds to the call; None for the plain LSTM."""
         options = self.cell_options
+        if noise is not None:
+            _check_noise(noise)
         if not options.changed and resets is None and record is None:
             return None
         if not (self.training and options.random):
@@ -268,9 +273,6 @@ class LSTM(nn.RNNBase):
         elif noise is None:
             device = (input.data if isinstance(input, PackedSequence) else input).device
             noise = torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=device)
-        elif noise.shape != (2,) or noise.dtype != torch.int64:
-            got = f"{list(noise.shape)} of {noise.dtype}"
-            raise ValueError(f"noise must be [2] of torch.int64, seed and offset, got {got}")
         names = [name for option, own in PARAMETERS.items() if getattr(options, option) for name in own]
         weights = [{name: getattr(self, f"{name}_{suffix}") for name in names} for suffix in self._suffixes()]
         return Extras(options, self.training, weights, resets, noise, record, differentiable)
@@ -280,6 +282,13 @@ class LSTM(nn.RNNBase):
         if any(w is not None and w.dtype in ops.KERNEL_DTYPES for w in self._flat_weights):
             return
         super().flatten_parameters()
+
+
+def _check_noise(noise: Any) -> None:
+    if isinstance(noise, Tensor) and noise.shape == (2,) and noise.dtype == torch.int64:
+        return
+    got = f"{list(noise.shape)} of {noise.dtype}" if isinstance(noise, Tensor) else repr(noise)
+    raise ValueError(f"noise must be [2] of torch.int64, seed and offset, got {got}")
 
 
 def _hidden_sizes(given: Sequence[int], num_layers: int, proj_size: int) -> tuple[int, ...]:

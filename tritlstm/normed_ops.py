@@ -85,10 +85,10 @@ def layer(
 
     Inside `torch.func` transforms and in forward mode the plain operators run.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if aten.autocasts(x.device.type):
         x, w_ih, w_hh, b_ih, b_hh, h0, cell = _cast(x.device.type, x, w_ih, w_hh, b_ih, b_hh, h0, cell)
     args = (x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse)
-    with torch.autocast(x.device.type, enabled=False):
+    with aten.without_autocast(x.device.type):
         transformed = not torch.compiler.is_compiling() and (
             ops.forward_mode() or torch._C._are_functorch_transforms_active()
         )
@@ -202,7 +202,7 @@ def _differentiable_gradients(
     grads: Sequence[Tensor | None], args: list[Any], needed: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """Someone may differentiate the gradient: that of the plain operators, from the inputs anew."""
-    with torch.autocast(args[0].device.type, enabled=False):
+    with aten.without_autocast(args[0].device.type):
         # Names of their own, so that a tensor that was given twice gets each part of its gradient once.
         asked = {k: args[k].view_as(args[k]) for k, need in enumerate(needed) if need}
         values = [asked.get(k, value) for k, value in enumerate(args)]
@@ -258,7 +258,7 @@ def _forward_autocast(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _backward_autocast(*args: Any) -> tuple[Tensor, ...]:
-    with torch.autocast(args[3].device.type, enabled=False):
+    with aten.without_autocast(args[3].device.type):
         return _normed_backward(*args)
 
 

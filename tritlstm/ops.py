@@ -70,12 +70,12 @@ def layer(
 ) -> Results:
     """`torch.ops.tritlstm.layer`, which also works inside `torch.func.grad` and `torch.func.vmap`."""
     args = (x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse)
-    if not torch.compiler.is_compiling() and forward_mode() and not torch.is_autocast_enabled(x.device.type):
+    if not torch.compiler.is_compiling() and forward_mode() and not aten.autocasts(x.device.type):
         return _plain_forward(*args, True, gate0)
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
         return _layer(*args, save, gate0)
     # A torch.func transform must meet the Function itself, not an operator that hides it.
-    if torch.is_autocast_enabled(x.device.type):
+    if aten.autocasts(x.device.type):
         return _forward_autocast(*args, save, gate0)
     return _Layer.apply(*args, True, gate0)
 
@@ -276,7 +276,7 @@ def _differentiable_backward(
 ) -> tuple[Tensor, ...]:
     """The layer's backward by plain operators, with what the forward saves a function of its inputs again."""
     x, w_ih, w_hh, _, _, h0, c0, lengths, reverse, *_ = forward
-    with torch.autocast(x.device.type, enabled=False):
+    with aten.without_autocast(x.device.type):
         plain: Any = aten
         out, _, _, gates, cells = plain.forward(*forward)
         return plain.backward(*grads, x, w_ih, w_hh, h0, c0, lengths, out, gates, cells, reverse, needs)
@@ -355,7 +355,7 @@ def _forward_autocast(
 
 def _backward_autocast(*args: Any) -> tuple[Tensor, ...]:
     # Its tensors are those of one forward already; only the products inside must not be cast.
-    with torch.autocast(args[3].device.type, enabled=False):
+    with aten.without_autocast(args[3].device.type):
         return _layer_backward(*args)
 
 

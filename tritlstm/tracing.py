@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from . import aten
 from .functional import Lengths, States, check_lengths
+from .variants import Resets
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,7 +61,7 @@ def trace(
     hx: Any = None,
     *,
     lengths: Lengths | None = None,
-    resets: Tensor | None = None,
+    resets: Resets | None = None,
     noise: Tensor | None = None,
     differentiable: bool = False,
 ) -> Trace:
@@ -68,7 +69,8 @@ def trace(
 
     Args:
         module: a `tritlstm.LSTM`, of any variant.
-        input, hx, lengths, resets, noise: as the module takes them.
+        input, hx, lengths, resets, noise: as the module takes them; so `resets` beside packed input are [T, B] of the
+            batch before packing.
         differentiable: compute in plain PyTorch operators, so that all that is returned can be differentiated. Without
             it the module runs where it always runs, in the Triton kernels where they are, and gates and cells carry no
             gradient; output and state do.
@@ -91,13 +93,12 @@ def trace(
         raise TypeError(
             f"trace takes a tritlstm.LSTM, got {type(module).__name__}; tritlstm.swap(model) turns torch's into it"
         )
-    if isinstance(input, PackedSequence):
-        if lengths is not None:
-            raise ValueError("a PackedSequence brings its lengths with it, got lengths too; leave one of them out")
-        input, lengths = pad_packed_sequence(input, batch_first=module.batch_first)
     record: list[tuple[Tensor, Tensor, Tensor]] = []
     extras = module._extras(input, resets, noise, record, differentiable)
-    output, state = module._run(input, hx, lengths, extras)
+    call: Any = module._run
+    output, state = call(input, hx, lengths, extras)
+    if isinstance(output, PackedSequence):
+        output, lengths = pad_packed_sequence(output, batch_first=module.batch_first)
     directions = 2 if module.bidirectional else 1
     inside = None
     if lengths is not None:

@@ -79,7 +79,7 @@ def layer(
     """`torch.ops.tritlstm.variant_layer`, which also works inside `torch.func.grad` and `torch.func.vmap`."""
     args = (x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse)
     rest = (gate0, *cell, recompute)
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = aten.autocasts(x.device.type)
     if not torch.compiler.is_compiling() and ops.forward_mode() and not autocast:
         return _plain_forward(*args, True, *rest)
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
@@ -169,7 +169,7 @@ class _Variant(torch.autograd.Function):
         if torch.is_grad_enabled():
             # Someone may differentiate the gradient: what was saved becomes a function of the inputs again,
             # and the gradient a chain of plain operators.
-            with torch.autocast(args[0].device.type, enabled=False):
+            with aten.without_autocast(args[0].device.type):
                 cell, _ = _cell(args[_FORWARD:])
                 run: Any = aten.forward
                 out, _, _, gates, cells = run(*args[:9], True, gate0, cell)
@@ -231,7 +231,7 @@ def _forward_autocast(*args: Any) -> Results:
 
 
 def _backward_autocast(*args: Any) -> tuple[Tensor, ...]:
-    with torch.autocast(args[3].device.type, enabled=False):
+    with aten.without_autocast(args[3].device.type):
         return _variant_backward(*args)
 
 

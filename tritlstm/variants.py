@@ -15,7 +15,10 @@ from torch import Tensor
 from . import aten, chain_ops, normed_ops, ops, random_bits, variant_ops
 from .cell_options import Cell, CellOptions
 
-__all__ = ["PARAMETERS", "Extras", "dense_heads"]
+__all__ = ["PARAMETERS", "Extras", "Resets", "dense_heads"]
+
+#: A bool tensor, or (nested) sequences of bools.
+Resets = Tensor | Sequence[Any]
 
 #: Parameters of a layer and direction that variants have, with their sizes in multiples of H, by option.
 PARAMETERS: dict[str, dict[str, int]] = {
@@ -32,7 +35,7 @@ class Extras(NamedTuple):
     options: CellOptions
     training: bool
     weights: Sequence[Mapping[str, Tensor]]  # of each layer and direction, by the names of `PARAMETERS`
-    resets: Tensor | None = None  # as the caller gives them; [T, B] once `laid_out`
+    resets: Any = None  # `Resets` as the caller gives them; a tensor [T, B] once `laid_out` or `packed`
     noise: Tensor | None = None  # [2] int64: seed and offset
     record: list[tuple[Tensor, Tensor, Tensor]] | None = None  # gets out, gates and cells of each
     differentiable: bool = False  # of what is recorded
@@ -40,9 +43,9 @@ class Extras(NamedTuple):
 
     def laid_out(self, x: Tensor, batch_dim: int, batched: bool) -> Extras:
         """With `resets` [T, B] for the input `x`, which has a batch by now."""
-        resets = self.resets
-        if resets is None:
+        if self.resets is None:
             return self
+        resets = flags(self.resets, x.device)
         expected = tuple(x.shape[:2]) if batched else (x.size(1 - batch_dim),)
         if resets.dtype != torch.bool or tuple(resets.shape) != expected:
             order = ("[B, T]" if batch_dim == 0 else "[T, B]") if batched else "[T]"
@@ -53,16 +56,17 @@ class Extras(NamedTuple):
             return self._replace(resets=resets[:, None])
         return self._replace(resets=resets.t() if batch_dim == 0 else resets)
 
-    def packed(self, steps: int, batch: int, order: Tensor | None) -> Extras:
-        """For packed input of `steps` and `batch`, whose sequences lie in `order`."""
+    def packed(self, x: Tensor, steps: int, batch: int) -> Extras:
+        """For packed input of `steps` and `batch` with data `x`, in whose order before packing all here is."""
         if self.resets is None:
             return self
-        if self.resets.dtype != torch.bool or self.resets.shape != (steps, batch):
+        resets = flags(self.resets, x.device)
+        if resets.dtype != torch.bool or resets.shape != (steps, batch):
             raise ValueError(
                 f"resets beside a PackedSequence must be [T, B] = {[steps, batch]} of torch.bool, in the order of the "
-                f"batch before packing, got {list(self.resets.shape)} of {self.resets.dtype}"
+                f"batch before packing, got {list(resets.shape)} of {resets.dtype}"
             )
-        return self if order is None else self._replace(resets=self.resets.index_select(1, order))
+        return self._replace(resets=resets)
 
     def operator(self, k: int) -> Callable[..., ops.Results]:
         """`ops.layer` for the k-th layer and direction."""
@@ -126,10 +130,10 @@ class Extras(NamedTuple):
 
     def _plain(self, args: tuple[Any, ...], gate0: Tensor | None, cell: Cell, norm: aten.Norm | None) -> ops.Results:
         x = args[0]
-        if torch.is_autocast_enabled(x.device.type):
+        if aten.autocasts(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             args = tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
-        with torch.autocast(x.device.type, enabled=False):
+        with aten.without_autocast(x.device.type):
             run: Any = aten.forward
             return run(*args, self.record is not None, gate0, cell, norm=norm)
 
@@ -144,6 +148,16 @@ class Extras(NamedTuple):
         words = random_bits.draw(self._stream(k, purpose), tuple(like.shape))[0]
         scale = torch.full((), 1 / (1 - p), dtype=aten.state_dtype(like.dtype), device=like.device)
         return torch.where(random_bits.bernoulli(words, p), 0.0, scale)
+
+
+def flags(resets: Resets, device: torch.device) -> Tensor:
+    if isinstance(resets, Tensor):
+        return resets
+    try:
+        flags = torch.as_tensor(resets, device=device)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"resets must be a bool tensor or nested sequences of bools, got {resets!r}") from error
+    return flags if flags.numel() else flags.bool()
 
 
 def _heads(
