@@ -472,10 +472,9 @@ def _feasible(
     cells = block_h * block_b / threads
     if cells > _most_cells(problem, tier, block_b):
         return
-    if stages > 1 and device.matrix_rows == 16:
-        # Without wgmma more cells spill 8 to 104 bytes.
-        if cells > (1 if tier == "streaming" and not forward else 2):
-            return
+    few = 1 if tier == "streaming" and not forward else 2
+    if stages > 1 and device.matrix_rows == 16 and cells > few:
+        return  # without wgmma 8 to 104 bytes spill
     n_blocks = 1 if tier == "single" else -(-padded(hidden) // (block_h * parts)) * parts
     n_tiles = -(-problem.batch // block_b)
     if tier != "step" and n_blocks > sms:
