@@ -441,7 +441,8 @@ def _most_cells(problem: _Problem, tier: str, block_b: int) -> float:
     if _scalar_products(problem):
         return 2 if (tier, problem.direction) == ("single", "forward") else 1
     if problem.normed and (tier, problem.direction) == ("single", "backward"):
-        return 4  # 8 spill 8 bytes for sm_90 at H=128
+        # For sm_90, 8 spill 8 bytes at H=128, and 4 of a tile of 32 sequences 320 to 720 at H=32.
+        return 4 if block_b == 16 else 2
     few = TRITON >= (3, 9) and problem.device.arch == "sm_120"  # which has the fewest to spare there
     if tier == "single":
         if few and problem.direction == "backward":
@@ -449,7 +450,7 @@ def _most_cells(problem: _Problem, tier: str, block_b: int) -> float:
         if problem.chains > 1 and problem.direction == "forward" and problem.device.matrix_rows > 16 and not TUNED:
             return 4  # 8 spill 8 to 24 bytes for sm_90
         return 8 if problem.direction == "forward" or block_b == 16 else 0
-    if problem.stacked or (problem.normed and tier == "streaming"):
+    if problem.stacked or problem.normed:
         return 2
     backward = problem.direction == "backward"
     if TRITON >= (3, 9) and problem.chains > 1 and backward:
@@ -503,6 +504,8 @@ def _feasible(
         received /= matrices  # two loops' worth of addresses are held
         if TRITON < (3, 7) and problem.stacked and not forward:
             received /= 2  # else 16 bytes spill for sm_90
+        if problem.normed and forward and _scalar_products(problem):
+            received = 0  # one at a time, else 8 bytes spill for sm_90
         resident = poll = 0
         # What the loop over streamed chunks holds, beside tiles that were received before it.
         passing = chunk_bytes if stages == 1 else stages * chunk_bytes + tile_bytes
