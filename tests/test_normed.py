@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import tritlstm
 from tritlstm import aten, emulator, inspect_kernels, normed, normed_ops, ops, plan
@@ -277,6 +278,27 @@ def test_double_backward_is_that_of_the_plain_operators():
     )
     for value, expected in zip(got, exact, strict=True):
         torch.testing.assert_close(value.double().cpu(), expected, rtol=2e-5, atol=2e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+def test_checkpointing_has_the_gradients_of_a_call_without_it(reentrant):
+    module, x = tritlstm.LSTM(3, 4, layer_norm=True).to(DEVICE), torch.randn(4, 2, 3, device=DEVICE)
+    x.requires_grad_()
+    found = []
+
+    def flat(x: Tensor) -> tuple[Tensor, ...]:
+        out, states = module(x)
+        return out, *states
+
+    with kernels(sms=2):
+        for run in (flat, lambda x: checkpoint(flat, x, use_reentrant=reentrant)):
+            out, h_n, c_n = run(x)
+            (out.square().sum() + h_n.sum() + c_n.sum()).backward()
+            found.append([value.grad for value in (x, *module.parameters())])
+            module.zero_grad()
+            x.grad = None
+    for value, expected in zip(*found, strict=True):
+        assert torch.equal(value, expected)
 
 
 def test_torch_func_transforms_run_plain_operators():

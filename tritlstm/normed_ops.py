@@ -183,7 +183,8 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved, following = ctx.saved_tensors[:_SAVED], iter(ctx.saved_tensors[_SAVED:])
+        tensors = ctx.saved_tensors  # once: checkpointing unpacks what is saved a single time
+        saved, following = tensors[:_SAVED], iter(tensors[_SAVED:])
         args = [next(following) if value is None else value[0] for value in ctx.rest]
         needed = ctx.needs_input_grad
         if torch.is_grad_enabled():
