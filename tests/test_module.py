@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import inspect
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import tritlstm
-from tritlstm import functional
+from tritlstm import emulator, functional
 
 D, H = 4, 6
 KINDS: dict[str, dict[str, Any]] = {
@@ -23,6 +24,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "no bias": {"bias": False},
     "both directions": {"num_layers": 2, "bidirectional": True, "batch_first": True},
     "projection": {"proj_size": 3, "num_layers": 2, "dropout": 0.25},
+}
+VARIANTS: dict[str, Any] = {
+    "num_heads": 2,
+    "layer_norm": True,
+    "peephole": True,
+    "zoneout": 0.1,
+    "recompute": True,
+    "hidden_size": [5, H],
 }
 kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 
@@ -33,6 +42,15 @@ def path(request, monkeypatch):
     if request.param == "operators":
         monkeypatch.setattr(functional, "runs_kernels", lambda x: True)
     return request.param
+
+
+#: Where a module may run: contexts in which it and its tensors are made, and called.
+PLACES: dict[str, Any] = {"cpu": contextlib.nullcontext, "emulated kernels": emulator.emulate}
+places = pytest.mark.parametrize(
+    "place",
+    [*PLACES.values(), pytest.param(lambda: torch.device("cuda"), marks=pytest.mark.cuda)],
+    ids=[*PLACES.keys(), "cuda"],
+)
 
 
 def pair(kind: dict[str, Any] | None = None, **more: Any) -> tuple[nn.LSTM, tritlstm.LSTM]:
@@ -255,9 +273,26 @@ class TestErrors:
         with pytest.raises(kind, match=text):
             tritlstm.LSTM(D, H)(*arguments)
 
-    def test_no_time_steps(self, path):
-        with pytest.raises((RuntimeError, ValueError), match=r"sequence length|at least one time step"):
-            tritlstm.LSTM(D, H)(torch.zeros(0, 3, D))
+    @pytest.mark.parametrize(
+        "kind",
+        [*KINDS.values(), *({name: value} for name, value in VARIANTS.items())],
+        ids=[*KINDS.keys(), *VARIANTS.keys()],
+    )
+    @places
+    def test_no_time_steps(self, kind, place):
+        """Whatever the module is and runs on, and whether or not lengths or resets come with it."""
+        expected = message(lambda: nn.LSTM(D, H)(torch.zeros(0, 3, D)))
+        assert expected == (RuntimeError, "Expected sequence length to be larger than 0 in RNN")
+        with place():
+            x = torch.zeros((3, 0, D) if kind.get("batch_first") else (0, 3, D))
+            mine = tritlstm.LSTM(D, **{"hidden_size": H, **kind})
+            resets = torch.zeros(x.shape[:2], dtype=torch.bool)
+            assert message(lambda: mine(x)) == expected
+            assert message(lambda: mine.eval()(x, lengths=[0, 0, 0])) == expected
+            assert message(lambda: mine.train()(x, lengths=torch.zeros(3, dtype=torch.int64))) == expected
+            assert message(lambda: mine(x, resets=resets)) == expected
+            assert message(lambda: tritlstm.trace(mine, x)) == expected
+            assert message(lambda: mine(torch.zeros(0, D))) == expected
 
 
 class TestDerivatives:

@@ -60,9 +60,7 @@ def forward(
     With `recompute` only the cells are saved: `backward` rebuilds the gates. `norm` normalises; `normed_forward` is the
     form that `normed_backward` goes with.
     """
-    return _forward(
-        x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, save, gate0, cell, recompute, norm, None
-    )
+    return _forward(x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, save, gate0, cell, recompute, norm, None)
 
 
 def normed_forward(

@@ -348,6 +348,7 @@ def _run_lengths(
     extras: Extras | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch_dim = 0 if options.batch_first else 1
+    _check_steps(x.size(1 - batch_dim))
     direct = extras is not None or not packs(x)
     if direct or (options.training and _trains_explicitly(x, batch_sizes_of(lengths), hx, weights, options)):
         steps = x.transpose(0, 1) if options.batch_first else x
@@ -446,6 +447,7 @@ def run_layers(
     rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All layers and directions over x [T, B, D]; `rows` are the places in [T B] that dropout draws for."""
+    _check_steps(x.size(0))
     directions = 2 if options.bidirectional else 1
     each = 2 + 2 * options.bias + (options.proj_size > 0)
     states: list[States] = []
@@ -581,6 +583,11 @@ def _check(x: Tensor, batch: int, hx: States, weights: list[Tensor], options: Op
         expected = (rows, batch, width)
         if hx[k].size() != expected:
             raise RuntimeError(f"Expected hidden[{k}] size {expected}, got {list(hx[k].size())}")
+
+
+def _check_steps(steps: int) -> None:
+    if steps == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")  # torch.nn.LSTM's words
 
 
 def _check_cell(x: Tensor, hx: States, w_ih: Tensor, w_hh: Tensor) -> None:
