@@ -230,6 +230,27 @@ def states(*shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
     return tuple(torch.zeros(shape) for shape in shapes)
 
 
+#: What is made of right states h and c.
+WRONG_STATES: dict[str, Any] = {
+    "three": lambda h, c: (h, c, c),
+    "three in a list": lambda h, c: [h, c, c],
+    "h on another device": lambda h, c: (h.to("meta"), c),
+    "c on another device": lambda h, c: (h, c.to("meta")),
+}
+WRONG_TYPES: dict[str, Any] = {
+    "c half": lambda h, c: (h, c.half()),
+    "c bfloat16": lambda h, c: (h, c.bfloat16()),
+    "c float64": lambda h, c: (h, c.double()),
+    "h half": lambda h, c: (h.half(), c),
+    "h float64": lambda h, c: (h.double(), c),
+    "both float64": lambda h, c: (h.double(), c.double()),
+    "h of integers": lambda h, c: (h.long(), c),
+}
+wrong_states = pytest.mark.parametrize("hx", WRONG_STATES.values(), ids=WRONG_STATES.keys())
+wrong_types = pytest.mark.parametrize("hx", WRONG_TYPES.values(), ids=WRONG_TYPES.keys())
+directions_and_layers = pytest.mark.parametrize("kind", [{}, {"bidirectional": True}, {"num_layers": 2}], ids=str)
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         ("kind", "arguments"),
@@ -272,6 +293,73 @@ class TestErrors:
     def test_packed_input_is_checked_too(self, arguments, kind, text, path):
         with pytest.raises(kind, match=text):
             tritlstm.LSTM(D, H)(*arguments)
+
+    def both_messages(self, kind: dict[str, Any], hx: Any) -> list[tuple[type[BaseException], str]]:
+        modules = pair(kind)
+        rows = modules[0].num_layers * (1 + modules[0].bidirectional)
+        given = hx(torch.zeros(rows, 3, H), torch.zeros(rows, 3, H))
+        return [message(lambda m=m: m(torch.zeros(5, 3, D), given)) for m in modules]
+
+    @wrong_states
+    @directions_and_layers
+    @places
+    def test_states_are_refused_in_torchs_words(self, kind, hx, place):
+        with place():
+            theirs, mine = self.both_messages(kind, hx)
+        assert mine == theirs
+
+    @wrong_types
+    @directions_and_layers
+    @places
+    def test_states_of_another_type_are_refused_as_torch_does(self, kind, hx, place):
+        with place():
+            theirs, mine = self.both_messages(kind, hx)
+        assert mine[0] is theirs[0]
+        if place is emulator.emulate:  # torch on the CPU shows oneDNN's words, the kernels those of torch on CUDA
+            assert mine[1].startswith("Input and hidden tensors are not the same dtype, found input tensor with Float")
+        else:
+            assert mine[1] == theirs[1]
+
+    @places
+    def test_one_tensor_for_both_states(self, place):
+        with place():
+            theirs, mine = self.both_messages({}, lambda h, c: torch.stack((h, c)))
+        begin = "lstm() received an invalid combination of arguments - got (Tensor, Tensor, list, "
+        assert [kind for kind, _ in (mine, theirs)] == [TypeError] * 2
+        assert [text.startswith(begin) for _, text in (mine, theirs)] == [True] * 2
+
+    @pytest.mark.parametrize(
+        "hx", [(), (0,), (0, 0, 0), [0, 0, 0], 0], ids=["none", "one", "three", "three in a list", "a tensor"]
+    )
+    @places
+    def test_a_cell_refuses_a_wrong_number_of_states_in_torchs_words(self, hx, place):
+        with place():
+            h, x = torch.zeros(3, H), torch.zeros(3, D)
+            given = h if hx == 0 else type(hx)(h for _ in hx)
+            theirs, mine = (message(lambda c=c: c(D, H)(x, given)) for c in (nn.LSTMCell, tritlstm.LSTMCell))
+        assert mine == theirs
+
+    @pytest.mark.parametrize("wrong", ["h", "c", "x", "device"])
+    @places
+    def test_a_cell_refuses_other_types_and_devices(self, wrong, place):
+        with place():
+            x, h, c = torch.zeros(3, D), torch.zeros(3, H), torch.zeros(3, H)
+            given = {
+                "h": (x, (h.double(), c)),
+                "c": (x, (h, c.half())),
+                "x": (x.half(), None),
+                "device": (x, (h.to("meta"), c)),
+            }[wrong]
+            cells = [nn.LSTMCell(D, H), tritlstm.LSTMCell(D, H)]
+            if wrong == "c" and x.is_cpu:  # which torch refuses on CUDA alone, and so do the kernels
+                if place is emulator.emulate:
+                    with pytest.raises(RuntimeError, match="expected scalar type Float but found Half"):
+                        cells[1](*given)
+                return
+            theirs, mine = (message(lambda m=m: m(*given)) for m in cells)
+        assert mine[0] is theirs[0] is RuntimeError
+        # Of devices torch speaks in many words.
+        assert "device" in mine[1] if wrong == "device" else mine[1] == theirs[1]
 
     @pytest.mark.parametrize(
         "kind",

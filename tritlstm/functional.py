@@ -387,7 +387,7 @@ def out_width(options: Options) -> int:
 
 def _dtype_of_results(x: Tensor) -> torch.dtype:
     device = x.device.type
-    cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    cast = torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64
     return torch.get_autocast_dtype(device) if cast else x.dtype
 
 
@@ -447,7 +447,7 @@ def run_layers(
     rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All layers and directions over x [T, B, D]; `rows` are the places in [T B] that dropout draws for."""
-    _check_steps(x.size(0))
+    _check_run(x, hx, weights)
     directions = 2 if options.bidirectional else 1
     each = 2 + 2 * options.bias + (options.proj_size > 0)
     states: list[States] = []
@@ -585,13 +585,54 @@ def _check(x: Tensor, batch: int, hx: States, weights: list[Tensor], options: Op
             raise RuntimeError(f"Expected hidden[{k}] size {expected}, got {list(hx[k].size())}")
 
 
+#: As torch's errors name them.
+_TORCHS_NAMES = {
+    torch.float16: "Half", torch.bfloat16: "BFloat16", torch.float32: "Float", torch.float64: "Double",
+    torch.int32: "Int", torch.int64: "Long",
+}  # fmt: skip
+
+
+def _check_run(x: Tensor, hx: Any, weights: list[Tensor]) -> None:
+    """What torch's own LSTM checks where it runs, so that the operators must; in the words it has for CUDA."""
+    if isinstance(hx, Tensor):
+        raise TypeError(
+            "lstm() received an invalid combination of arguments - got (Tensor, Tensor, list, ...); hx must be a tuple "
+            f"of two tensors, (h_0, c_0), got one tensor of shape {list(hx.shape)}"
+        )
+    if len(hx) != 2:
+        raise RuntimeError("lstm expects two hidden states")
+    device, dtype = x.device, _dtype_of_results(x)
+    for name, tensors in (("hidden", hx), ("parameter", weights)):
+        for t in tensors:
+            if t.device != device:
+                raise RuntimeError(
+                    f"Input and {name} tensors are not at the same device, found input tensor at {device} and {name} "
+                    f"tensor at {t.device}"
+                )
+            if _dtype_of_results(t) != dtype:
+                raise RuntimeError(
+                    f"Input and {name} tensors are not the same dtype, found input tensor with {_torchs_name(x)} and "
+                    f"{name} tensor with {_torchs_name(t)}"
+                )
+    _check_steps(x.size(0))
+
+
+def _torchs_name(x: Tensor) -> str:
+    return _TORCHS_NAMES.get(x.dtype, str(x.dtype))
+
+
 def _check_steps(steps: int) -> None:
     if steps == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")  # torch.nn.LSTM's words
 
 
-def _check_cell(x: Tensor, hx: States, w_ih: Tensor, w_hh: Tensor) -> None:
+def _check_cell(x: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor) -> None:
     """The checks of torch.nn.LSTMCell in its words."""
+    if not isinstance(hx, (tuple, list)):
+        got = type(hx).__name__
+        raise TypeError(f"lstm_cell(): argument 'hx' (position 2) must be tuple of Tensors, not {got}")
+    if len(hx) != 2:
+        raise RuntimeError("lstm_cell expects two hidden states")
     if x.size(1) != w_ih.size(1):
         raise RuntimeError(f"input has inconsistent input_size: got {x.size(1)} expected {w_ih.size(1)}")
     for k, state in enumerate(hx):
@@ -603,6 +644,19 @@ def _check_cell(x: Tensor, hx: States, w_ih: Tensor, w_hh: Tensor) -> None:
             raise RuntimeError(
                 f"hidden{k} has inconsistent hidden_size: got {state.size(1)}, expected {w_hh.size(1)}"
             )
+    for t in (*hx, w_ih, w_hh):
+        if t.device != x.device:
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, but found at least two devices, {x.device} and "
+                f"{t.device}!"
+            )
+    for a, b in ((x, w_ih), (hx[0], w_hh)):
+        if _dtype_of_results(a) != _dtype_of_results(b):
+            raise RuntimeError(
+                f"mat1 and mat2 must have the same dtype, but got {_torchs_name(a)} and {_torchs_name(b)}"
+            )
+    if _dtype_of_results(hx[1]) != _dtype_of_results(x):
+        raise RuntimeError(f"expected scalar type {_torchs_name(x)} but found {_torchs_name(hx[1])}")
 
 
 def _infer(params: list[Tensor], directions: int) -> tuple[int, int, int, int, bool]:

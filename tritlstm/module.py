@@ -317,7 +317,8 @@ class LSTMCell(nn.LSTMCell):
     def forward(self, input: Tensor, hx: States | None = None) -> States:
         if not (functional.runs_kernels(input) or functional.transforms(input)):
             return super().forward(input, hx)
-        for name, value in (("input", input), *((f"hx[{k}]", state) for k, state in enumerate(hx or ()))):
+        given = () if hx is None else enumerate(hx)
+        for name, value in (("input", input), *((f"hx[{k}]", state) for k, state in given)):
             if value.dim() not in (1, 2):
                 raise ValueError(f"LSTMCell: Expected {name} to be 1D or 2D, got {value.dim()}D instead")
         batched = input.dim() == 2
