@@ -8,6 +8,7 @@ import importlib
 import inspect
 import io
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -360,6 +361,58 @@ class TestErrors:
         assert mine[0] is theirs[0] is RuntimeError
         # Of devices torch speaks in many words.
         assert "device" in mine[1] if wrong == "device" else mine[1] == theirs[1]
+
+    @pytest.mark.parametrize(
+        ("kind", "name", "expected"),
+        [
+            ({}, "weight_hh_l0", [24, 6]),
+            ({}, "bias_hh_l0", [24]),
+            ({"bidirectional": True}, "weight_hh_l0_reverse", [24, 6]),
+            ({"num_layers": 2, "bidirectional": True}, "weight_ih_l1", [24, 12]),
+            ({"proj_size": 3, "num_layers": 2}, "weight_hr_l1", [3, 6]),
+            ({"num_heads": 2}, "weight_hh_l0", [24, 3]),
+            ({"layer_norm": True, "bias": False}, "weight_ih_l0", [24, 4]),
+            ({"hidden_size": [5, 6]}, "weight_ih_l1", [24, 5]),
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("how", ["parameter", "functional_call"])
+    def test_a_replaced_weight_of_another_shape_is_refused(self, kind, name, expected, how, path):
+        """torch's own LSTM takes it on the CPU; its backward then ends the process."""
+        mine, x = tritlstm.LSTM(D, **{"hidden_size": H, **kind}), torch.zeros(5, 3, D)
+        text = rf"{name} of LSTM\(4, .*\) must have shape {re.escape(str(expected))}, got \[12, 4\]"
+        if how == "parameter":
+            setattr(mine, name, nn.Parameter(torch.zeros(12, 4)))
+        with pytest.raises(ValueError, match=text):
+            if how == "parameter":
+                mine(x)
+            else:
+                torch.func.functional_call(mine, {name: torch.zeros(12, 4)}, (x,))
+
+    def test_a_swapped_module_refuses_it_too(self):
+        mine: Any = tritlstm.swap(nn.LSTM(D, H, 2, proj_size=3))
+        mine(torch.zeros(5, 3, D))
+        mine.weight_hh_l1 = nn.Parameter(torch.zeros(12, 4))
+        with pytest.raises(ValueError, match=r"weight_hh_l1 of LSTM\(4, 6, .*\) must have shape \[24, 3\], got \[12"):
+            mine(torch.zeros(5, 3, D))
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("kind", [{}, {"bidirectional": True}, {"layer_norm": True}, {"num_heads": 2}], ids=str)
+    @places
+    def test_a_replaced_weight_of_another_type_is_refused(self, kind, dtype, place):
+        """In the words of torch on CUDA; torch on the CPU has several."""
+        with place():
+            mine, x = tritlstm.LSTM(D, H, **kind), torch.zeros(5, 3, D)
+            name = "weight_hh_l0_reverse" if kind.get("bidirectional") else "weight_hh_l0"
+            setattr(mine, name, nn.Parameter(getattr(mine, name).detach().to(dtype)))
+            got = message(lambda: mine(x)[0].sum().backward())
+        assert got[0] is RuntimeError
+        if mine.cell_options.changed or place is not contextlib.nullcontext:
+            torchs = {torch.float64: "Double", torch.bfloat16: "BFloat16"}[dtype]
+            assert got[1] == (
+                "Input and parameter tensors are not the same dtype, found input tensor with Float and parameter "
+                f"tensor with {torchs}"
+            )
 
     @pytest.mark.parametrize(
         "kind",

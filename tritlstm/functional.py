@@ -386,9 +386,11 @@ def out_width(options: Options) -> int:
 
 
 def _dtype_of_results(x: Tensor) -> torch.dtype:
+    # Some devices, as meta, have no autocast to ask for.
+    if not torch._C._is_any_autocast_enabled() or x.dtype == torch.float64 or not x.is_floating_point():
+        return x.dtype
     device = x.device.type
-    cast = torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if cast else x.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _compiles_training(x: Tensor) -> bool:
