@@ -477,6 +477,76 @@ class TestAutocast:
         assert {t.dtype for t in got} == {torch.bfloat16}
 
 
+class TestWideCell:
+    """In 16 bits the cell state is float32 on every path. torch's own LSTM on the CPU rounds it at every step: there,
+    sums of many small terms stop growing where a term is half a unit in the last place of the sum.
+    """
+
+    STEPS, TERM = 600, 0.001
+
+    def module(self, dtype: torch.dtype) -> tritlstm.LSTM:
+        """Gates of 1 and an input node of TERM at every step."""
+        mine = tritlstm.LSTM(D, H)
+        with torch.no_grad():
+            for parameter in mine.parameters():
+                parameter.zero_()
+            mine.bias_ih_l0.copy_(torch.tensor([20.0, 20.0, self.TERM, 20.0]).repeat_interleave(H))
+        return mine.to(dtype)
+
+    @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])
+    @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+    @pytest.mark.parametrize("form", ["plain", "lengths", "packed", "batch_first"])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+    @pytest.mark.parametrize("how", ["autocast", "module"])
+    def test_many_small_terms_add_up(self, how, dtype, form, training, grad):
+        mine = self.module(torch.float32 if how == "autocast" else dtype).train(training)
+        mine.batch_first = form == "batch_first"
+        x = torch.zeros((2, self.STEPS, D) if mine.batch_first else (self.STEPS, 2, D), dtype=mine.bias_ih_l0.dtype)
+        ends = [self.STEPS, self.STEPS - 1]
+        given = nn.utils.rnn.pack_padded_sequence(x, ends) if form == "packed" else x
+        with torch.autocast("cpu", dtype, enabled=how == "autocast"), torch.set_grad_enabled(grad):
+            out, (h_n, c_n) = mine(given, lengths=ends) if form == "lengths" else mine(given)
+        cut = form in ("lengths", "packed")
+        self.check(h_n, c_n, dtype, torch.tensor(ends if cut else [self.STEPS] * 2))
+        assert out.data.dtype == (torch.float32 if (how, form) == ("autocast", "packed") else dtype)
+
+    @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+    @pytest.mark.parametrize("how", ["autocast", "module"])
+    def test_compiled(self, how, training):
+        mine = self.module(torch.float32 if how == "autocast" else torch.bfloat16).train(training)
+        x = torch.zeros(self.STEPS, 2, D, dtype=mine.bias_ih_l0.dtype)
+        torch._dynamo.reset()
+        compiled = torch.compile(mine, fullgraph=True, backend="aot_eager")
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"), torch.set_grad_enabled(training):
+            _, (h_n, c_n) = compiled(x)
+        self.check(h_n, c_n, torch.bfloat16, torch.tensor([self.STEPS] * 2))
+
+    def check(self, h_n: Tensor, c_n: Tensor, dtype: torch.dtype, ends: Tensor) -> None:
+        term = torch.tensor(self.TERM, dtype=dtype).double().tanh()
+        c = (term * ends)[:, None].expand(2, H)
+        # One rounding of the result; 600 of float32 and the gates' distance from 1, 2e-9 a step, are far below it.
+        unit = torch.finfo(dtype).eps / 2 * 1.01
+        torch.testing.assert_close(c_n[0].double(), c, rtol=unit, atol=0)
+        torch.testing.assert_close(h_n[0].double(), c.tanh(), rtol=unit, atol=0)
+
+    def test_gradients_are_those_of_a_float32_cell(self):
+        """Against float64 on the rounded weights: at most twice the error of this library's float32 cell in bf16."""
+        torch.manual_seed(0)
+        mine = tritlstm.LSTM(D, H, 2, bidirectional=True, dtype=torch.bfloat16)
+        x, exact = torch.randn(20, 3, D).bfloat16(), copy.deepcopy(mine).double()
+        lengths = torch.full((3,), 20)
+        found = []
+        for module, given, more in ((mine, x, {}), (mine, x, {"lengths": lengths}), (exact, x.double(), {})):
+            module.zero_grad()
+            out, (h_n, c_n) = module(given, **more)
+            (out.double().square().sum() + c_n.double().sum() + h_n.double().sum()).backward()
+            found.append([p.grad.double() for p in module.parameters()])
+        for plain, with_lengths, expected in zip(*found, strict=True):
+            assert torch.equal(plain, with_lengths)
+            # bf16 rounds h at every step and the gradient at the end, each by 2^-9.
+            assert (plain - expected).abs().max() <= 2**-6 * expected.abs().max()
+
+
 class TestCompile:
     @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
     @kinds

@@ -115,6 +115,9 @@ def explain(
         if beyond:
             reason = f"torch's own LSTM has no {' and no '.join(beyond)}; plain PyTorch operators do"
             return Explanation("aten", reason, str(data.device), sizes, notes=own_notes)
+        if hasattr(module, "num_layers") and functional.short_on_cpu(data, isinstance(input, PackedSequence)):
+            reason = "in 16 bits torch's own LSTM rounds the cell state at every step; plain PyTorch operators do not"
+            return Explanation("aten", reason, str(data.device), sizes, notes=own_notes)
         if training and module.training and _explicit(module, input, lengths):
             reason = "a training step whose explicit backward in plain PyTorch operators is faster than torch's own"
             return Explanation("aten", reason, str(data.device), sizes, notes=own_notes)

@@ -24,6 +24,7 @@ from .variants import Extras
 __all__ = ["lstm"]
 
 Lengths = Tensor | Sequence[int]
+_SHORT = (torch.float16, torch.bfloat16)
 _CPU_DTYPES = (*ops.KERNEL_DTYPES, torch.float64)
 States = tuple[Tensor, Tensor]
 Input = TypeVar("Input", Tensor, PackedSequence)
@@ -249,7 +250,7 @@ def _run(
     # What torch's own LSTM does not have runs in the operators everywhere.
     if (
         extras is not None
-        or runs_operators(x)
+        or runs_operators(x, packed=batch_sizes is not None)
         or (batch_sizes is None and _unrolls(x, options))
         or _trains_explicitly(x, batch_sizes, hx, weights, options)
     ):
@@ -284,9 +285,17 @@ def explicit_pays(x: Tensor, batch_sizes: Tensor | None, options: Options) -> bo
     return pays and not options.proj_size and x.dtype in _CPU_DTYPES and not torch.is_autocast_enabled("cpu")
 
 
-def runs_operators(x: Tensor) -> bool:
+def runs_operators(x: Tensor, packed: bool = False) -> bool:
     """Whether `torch.ops.tritlstm.layer` runs, and not torch's own LSTM."""
-    return runs_kernels(x) or _compiles_training(x) or transforms(x)
+    return runs_kernels(x) or short_on_cpu(x, packed) or _compiles_training(x) or transforms(x)
+
+
+def short_on_cpu(x: Tensor, packed: bool = False) -> bool:
+    """Whether `x` is computed in 16 bits on the CPU, where torch's own LSTM rounds the cell state at every step."""
+    if x.dtype in _SHORT:
+        return x.is_cpu
+    # Under autocast torch computes packed data on the CPU in float32 all the same.
+    return not packed and torch._C._is_any_autocast_enabled() and x.is_cpu and _dtype_of_results(x) in _SHORT
 
 
 def _unrolls(x: Tensor, options: Options) -> bool:
@@ -369,7 +378,6 @@ def _run_lengths(
     )
     data, h, c = _run(data, batch_sizes, _permute(hx, order), weights, options)
     out, _ = _VF._pad_packed_sequence(data, batch_sizes, options.batch_first, 0.0, x.size(1 - batch_dim))
-    # Under autocast torch computes packed data on the CPU in float32 all the same.
     out = x.new_zeros(shape, dtype=dtype).index_copy(batch_dim, order, out.to(dtype))
     h_n, c_n = (old.to(dtype).index_copy(1, order, new.to(dtype)) for old, new in zip(hx, (h, c), strict=True))
     return out, h_n, c_n
