@@ -381,13 +381,13 @@ class TestErrors:
         """torch's own LSTM takes it on the CPU; its backward then ends the process."""
         mine, x = tritlstm.LSTM(D, **{"hidden_size": H, **kind}), torch.zeros(5, 3, D)
         text = rf"{name} of LSTM\(4, .*\) must have shape {re.escape(str(expected))}, got \[12, 4\]"
+        given = {}
         if how == "parameter":
             setattr(mine, name, nn.Parameter(torch.zeros(12, 4)))
+        else:
+            given[name] = torch.zeros(12, 4)
         with pytest.raises(ValueError, match=text):
-            if how == "parameter":
-                mine(x)
-            else:
-                torch.func.functional_call(mine, {name: torch.zeros(12, 4)}, (x,))
+            torch.func.functional_call(mine, given, (x,))
 
     def test_a_swapped_module_refuses_it_too(self):
         mine: Any = tritlstm.swap(nn.LSTM(D, H, 2, proj_size=3))
@@ -507,7 +507,7 @@ class TestWideCell:
         with torch.autocast("cpu", dtype, enabled=how == "autocast"), torch.set_grad_enabled(grad):
             out, (h_n, c_n) = mine(given, lengths=ends) if form == "lengths" else mine(given)
         cut = form in ("lengths", "packed")
-        self.check(h_n, c_n, dtype, torch.tensor(ends if cut else [self.STEPS] * 2))
+        self.check(h_n, c_n, dtype, mine, torch.tensor(ends if cut else [self.STEPS] * 2))
         assert out.data.dtype == (torch.float32 if (how, form) == ("autocast", "packed") else dtype)
 
     @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -519,10 +519,10 @@ class TestWideCell:
         compiled = torch.compile(mine, fullgraph=True, backend="aot_eager")
         with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"), torch.set_grad_enabled(training):
             _, (h_n, c_n) = compiled(x)
-        self.check(h_n, c_n, torch.bfloat16, torch.tensor([self.STEPS] * 2))
+        self.check(h_n, c_n, torch.bfloat16, mine, torch.tensor([self.STEPS] * 2))
 
-    def check(self, h_n: Tensor, c_n: Tensor, dtype: torch.dtype, ends: Tensor) -> None:
-        term = torch.tensor(self.TERM, dtype=dtype).double().tanh()
+    def check(self, h_n: Tensor, c_n: Tensor, dtype: torch.dtype, mine: tritlstm.LSTM, ends: Tensor) -> None:
+        term = mine.bias_ih_l0[2 * H].double().tanh().detach()
         c = (term * ends)[:, None].expand(2, H)
         # One rounding of the result; 600 of float32 and the gates' distance from 1, 2e-9 a step, are far below it.
         unit = torch.finfo(dtype).eps / 2 * 1.01
@@ -530,7 +530,7 @@ class TestWideCell:
         torch.testing.assert_close(h_n[0].double(), c.tanh(), rtol=unit, atol=0)
 
     def test_gradients_are_those_of_a_float32_cell(self):
-        """Against float64 on the rounded weights: at most twice the error of this library's float32 cell in bf16."""
+        """Against float64 on the same weights, with lengths and without."""
         torch.manual_seed(0)
         mine = tritlstm.LSTM(D, H, 2, bidirectional=True, dtype=torch.bfloat16)
         x, exact = torch.randn(20, 3, D).bfloat16(), copy.deepcopy(mine).double()
@@ -541,10 +541,10 @@ class TestWideCell:
             out, (h_n, c_n) = module(given, **more)
             (out.double().square().sum() + c_n.double().sum() + h_n.double().sum()).backward()
             found.append([p.grad.double() for p in module.parameters()])
-        for plain, with_lengths, expected in zip(*found, strict=True):
-            assert torch.equal(plain, with_lengths)
-            # bf16 rounds h at every step and the gradient at the end, each by 2^-9.
-            assert (plain - expected).abs().max() <= 2**-6 * expected.abs().max()
+        # Results, and with them the gradients that come back, and the gradients themselves are rounded by up to 2^-9.
+        for *by_mine, expected in zip(*found, strict=True):
+            for value in by_mine:
+                assert (value - expected).abs().max() <= 2**-7 * expected.abs().max()
 
 
 class TestCompile:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -116,8 +116,8 @@ def explain(
             reason = f"torch's own LSTM has no {' and no '.join(beyond)}; plain PyTorch operators do"
             return Explanation("aten", reason, str(data.device), sizes, notes=own_notes)
         if hasattr(module, "num_layers") and functional.short_on_cpu(data, isinstance(input, PackedSequence)):
-            reason = "in 16 bits torch's own LSTM rounds the cell state at every step; plain PyTorch operators do not"
-            return Explanation("aten", reason, str(data.device), sizes, notes=own_notes)
+            short = "in 16 bits all is computed in float32 and rounded at the end, so that the cell state stays float32"
+            own_notes = (*own_notes, short)
         if training and module.training and _explicit(module, input, lengths):
             reason = "a training step whose explicit backward in plain PyTorch operators is faster than torch's own"
             return Explanation("aten", reason, str(data.device), sizes, notes=own_notes)
@@ -157,6 +157,10 @@ def explain(
 def _explicit(module: Any, input: Tensor | PackedSequence, lengths: Lengths | None) -> bool:
     if not hasattr(module, "num_layers"):
         return False
+    packed = isinstance(input, PackedSequence)
+    if functional.short_on_cpu(cast(Any, input).data, packed):
+        with torch.autocast("cpu", enabled=False):  # what runs then is decided in float32
+            return _explicit(module, cast(Any, input).to(torch.float32), lengths)
     if isinstance(input, PackedSequence):
         return functional.explicit_pays(input.data, input.batch_sizes, module._options())
     if lengths is None:

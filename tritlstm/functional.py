@@ -8,6 +8,7 @@ everywhere else.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -59,7 +60,8 @@ def lstm(
         bidirectional: every layer also walks from the end to the start, with weights of its own.
         batch_first: the input and the output are [B, T, ...]; the states keep their order.
         dropout: probability with which an element of a layer's output is zeroed on its way to the next layer.
-        training: whether dropout acts. On the CPU, without it, results and gradients are torch.nn.LSTM's to the bit;
+        training: whether dropout acts. On the CPU, without it, results and gradients in float32 and float64 are
+            torch.nn.LSTM's to the bit (16 bits are computed in float32 and rounded at the end);
             with it, and a gradient to come, the steps that `tritlstm.cpu` computes faster may differ in the last bits.
         lengths: [B] integers from 0 to T, a tensor on any device or a sequence of ints, in any order; None for T
             everywhere. Outputs at positions t >= lengths[b] are zero, the reverse direction starts at a
@@ -247,10 +249,12 @@ def _run(
     options: Options,
     extras: Extras | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if extras is None and short_on_cpu(x, batch_sizes is not None):
+        return _in_float32(_run, x, batch_sizes, hx, weights, options)
     # What torch's own LSTM does not have runs in the operators everywhere.
     if (
         extras is not None
-        or runs_operators(x, packed=batch_sizes is not None)
+        or runs_operators(x)
         or (batch_sizes is None and _unrolls(x, options))
         or _trains_explicitly(x, batch_sizes, hx, weights, options)
     ):
@@ -285,17 +289,35 @@ def explicit_pays(x: Tensor, batch_sizes: Tensor | None, options: Options) -> bo
     return pays and not options.proj_size and x.dtype in _CPU_DTYPES and not torch.is_autocast_enabled("cpu")
 
 
-def runs_operators(x: Tensor, packed: bool = False) -> bool:
+def runs_operators(x: Tensor) -> bool:
     """Whether `torch.ops.tritlstm.layer` runs, and not torch's own LSTM."""
-    return runs_kernels(x) or short_on_cpu(x, packed) or _compiles_training(x) or transforms(x)
+    return runs_kernels(x) or _compiles_training(x) or transforms(x)
 
 
-def short_on_cpu(x: Tensor, packed: bool = False) -> bool:
-    """Whether `x` is computed in 16 bits on the CPU, where torch's own LSTM rounds the cell state at every step."""
-    if x.dtype in _SHORT:
-        return x.is_cpu
-    # Under autocast torch computes packed data on the CPU in float32 all the same.
-    return not packed and torch._C._is_any_autocast_enabled() and x.is_cpu and _dtype_of_results(x) in _SHORT
+def short_on_cpu(x: Tensor, packed: bool) -> bool:
+    """Whether this is 16-bit work on the CPU, where torch's own LSTM would round the cell state at every step."""
+    # Asked in every call. Under autocast torch computes packed data in float32 anyway, and returns them so.
+    if x.dtype not in _SHORT and (packed or not torch._C._is_any_autocast_enabled()):
+        return False
+    return x.is_cpu and _dtype_of_results(x) in _SHORT and not runs_kernels(x)
+
+
+def _in_float32(
+    run: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    x: Tensor,
+    extents: Tensor | None,
+    hx: States,
+    weights: list[Tensor],
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`run` with the states in float32 throughout; its results are rounded once."""
+    _check_tensors(x, hx, weights)
+    dtype = _dtype_of_results(x)
+    autocast = torch._C._is_any_autocast_enabled()
+    with torch.autocast("cpu", enabled=False) if autocast else contextlib.nullcontext():
+        wide = [t.float() for t in (x, *hx, *weights)]
+        out, h_n, c_n = run(wide[0], extents, (wide[1], wide[2]), wide[3:], options)
+    return out.to(dtype), h_n.to(dtype), c_n.to(dtype)
 
 
 def _unrolls(x: Tensor, options: Options) -> bool:
@@ -358,6 +380,8 @@ def _run_lengths(
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch_dim = 0 if options.batch_first else 1
     _check_steps(x.size(1 - batch_dim))
+    if extras is None and short_on_cpu(x, packed=False):
+        return _in_float32(_run_lengths, x, lengths, hx, weights, options)
     direct = extras is not None or not packs(x)
     if direct or (options.training and _trains_explicitly(x, batch_sizes_of(lengths), hx, weights, options)):
         steps = x.transpose(0, 1) if options.batch_first else x
@@ -457,7 +481,8 @@ def run_layers(
     rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All layers and directions over x [T, B, D]; `rows` are the places in [T B] that dropout draws for."""
-    _check_run(x, hx, weights)
+    _check_tensors(x, hx, weights)
+    _check_steps(x.size(0))
     directions = 2 if options.bidirectional else 1
     each = 2 + 2 * options.bias + (options.proj_size > 0)
     states: list[States] = []
@@ -602,7 +627,7 @@ _TORCHS_NAMES = {
 }  # fmt: skip
 
 
-def _check_run(x: Tensor, hx: Any, weights: list[Tensor]) -> None:
+def _check_tensors(x: Tensor, hx: Any, weights: list[Tensor]) -> None:
     """What torch's own LSTM checks where it runs, so that the operators must; in the words it has for CUDA."""
     if isinstance(hx, Tensor):
         raise TypeError(
@@ -624,7 +649,6 @@ def _check_run(x: Tensor, hx: Any, weights: list[Tensor]) -> None:
                     f"Input and {name} tensors are not the same dtype, found input tensor with {_torchs_name(x)} and "
                     f"{name} tensor with {_torchs_name(t)}"
                 )
-    _check_steps(x.size(0))
 
 
 def _torchs_name(x: Tensor) -> str:

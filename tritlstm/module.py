@@ -30,7 +30,9 @@ class LSTM(nn.RNNBase):
     `torch.compile` compiles for training, in an export with a dynamic T, under `vmap` and in forward mode; and in
     training on the CPU where they are faster: packed data and batches with `lengths`, of 24 steps or more, and large
     weights for few rows (`tritlstm.cpu` has the rule). There the results, and what `eval()` computes, which is
-    always torch's own, may differ in the last bits.
+    always torch's own, may differ in the last bits. In 16 bits on the CPU, also under autocast, everything but variants
+    is computed in float32 and rounded at the end: the cell state, which torch.nn.LSTM rounds there at every step, is
+    float32 on every path.
 
     T time steps, B batch, D `input_size`, H `hidden_size`, R `proj_size` or else H, S 2 if `bidirectional`
     else 1.
@@ -187,7 +189,7 @@ class LSTM(nn.RNNBase):
         """Of the parameters that torch.nn.LSTM has too, in its order."""
         directions, size = 2 if self.bidirectional else 1, self._size_of(layer)
         below = self.input_size if layer == 0 else directions * (self.proj_size or self._size_of(layer - 1))
-        shapes = {"weight_ih": (4 * size, below)}
+        shapes: dict[str, tuple[int, ...]] = {"weight_ih": (4 * size, below)}
         shapes["weight_hh"] = (4 * size, self.proj_size or size // self.cell_options.num_heads)
         if self.bias:
             shapes |= {"bias_ih": (4 * size,), "bias_hh": (4 * size,)}
