@@ -151,6 +151,23 @@ def test_the_cpu_runs_torch(dtype: torch.dtype, taken: Taken) -> None:
     assert "emulator.emulate() runs the Triton kernels on a CPU, for tests" in str(told)
 
 
+@pytest.mark.parametrize("steps", [5, 40])
+@pytest.mark.parametrize("form", ["batch", "lengths", "packed"])
+@pytest.mark.parametrize("how", ["module", "autocast"])
+def test_16_bits_on_the_cpu_run_in_float32(how: str, form: str, steps: int, taken: Taken) -> None:
+    module = lstm(dtype=torch.bfloat16 if how == "module" else torch.float32)
+    x, lengths = torch.randn(steps, 2, D, dtype=module.weight_hh_l0.dtype), [steps, steps - 1]
+    given = pack_padded_sequence(x, lengths) if form == "packed" else x
+    more = {"lengths": lengths} if form == "lengths" else {}
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        told = tritlstm.explain(module, given, **more)
+        module(given, **more)
+    explicit = steps == 40 and (form == "lengths" or (form == "packed" and how == "module"))
+    assert told.path == taken.path == ("aten" if explicit else "torch")
+    said = "in 16 bits all is computed in float32 and rounded at the end, so that the cell state stays float32"
+    assert (said in told.notes) == ((how, form) != ("autocast", "packed"))
+
+
 @pytest.mark.parametrize("kind", ["LSTM", "LSTMCell"])
 def test_what_the_kernels_do_not_compute_runs_torch(kind: str, taken: Taken) -> None:
     module = getattr(tritlstm, kind)(D, H, dtype=torch.float64)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import inspect
 import io
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import tritlstm
-from tritlstm import functional
+from tritlstm import emulator, functional
 
 D, H = 4, 6
 KINDS: dict[str, dict[str, Any]] = {
@@ -23,6 +25,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "no bias": {"bias": False},
     "both directions": {"num_layers": 2, "bidirectional": True, "batch_first": True},
     "projection": {"proj_size": 3, "num_layers": 2, "dropout": 0.25},
+}
+VARIANTS: dict[str, Any] = {
+    "num_heads": 2,
+    "layer_norm": True,
+    "peephole": True,
+    "zoneout": 0.1,
+    "recompute": True,
+    "hidden_size": [5, H],
 }
 kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 
@@ -33,6 +43,15 @@ def path(request, monkeypatch):
     if request.param == "operators":
         monkeypatch.setattr(functional, "runs_kernels", lambda x: True)
     return request.param
+
+
+#: Where a module may run: contexts in which it and its tensors are made, and called.
+PLACES: dict[str, Any] = {"cpu": contextlib.nullcontext, "emulated kernels": emulator.emulate}
+places = pytest.mark.parametrize(
+    "place",
+    [*PLACES.values(), pytest.param(lambda: torch.device("cuda"), marks=pytest.mark.cuda)],
+    ids=[*PLACES.keys(), "cuda"],
+)
 
 
 def pair(kind: dict[str, Any] | None = None, **more: Any) -> tuple[nn.LSTM, tritlstm.LSTM]:
@@ -212,6 +231,27 @@ def states(*shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
     return tuple(torch.zeros(shape) for shape in shapes)
 
 
+#: What is made of right states h and c.
+WRONG_STATES: dict[str, Any] = {
+    "three": lambda h, c: (h, c, c),
+    "three in a list": lambda h, c: [h, c, c],
+    "h on another device": lambda h, c: (h.to("meta"), c),
+    "c on another device": lambda h, c: (h, c.to("meta")),
+}
+WRONG_TYPES: dict[str, Any] = {
+    "c half": lambda h, c: (h, c.half()),
+    "c bfloat16": lambda h, c: (h, c.bfloat16()),
+    "c float64": lambda h, c: (h, c.double()),
+    "h half": lambda h, c: (h.half(), c),
+    "h float64": lambda h, c: (h.double(), c),
+    "both float64": lambda h, c: (h.double(), c.double()),
+    "h of integers": lambda h, c: (h.long(), c),
+}
+wrong_states = pytest.mark.parametrize("hx", WRONG_STATES.values(), ids=WRONG_STATES.keys())
+wrong_types = pytest.mark.parametrize("hx", WRONG_TYPES.values(), ids=WRONG_TYPES.keys())
+directions_and_layers = pytest.mark.parametrize("kind", [{}, {"bidirectional": True}, {"num_layers": 2}], ids=str)
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         ("kind", "arguments"),
@@ -255,9 +295,145 @@ class TestErrors:
         with pytest.raises(kind, match=text):
             tritlstm.LSTM(D, H)(*arguments)
 
-    def test_no_time_steps(self, path):
-        with pytest.raises((RuntimeError, ValueError), match=r"sequence length|at least one time step"):
-            tritlstm.LSTM(D, H)(torch.zeros(0, 3, D))
+    def both_messages(self, kind: dict[str, Any], hx: Any) -> list[tuple[type[BaseException], str]]:
+        modules = pair(kind)
+        rows = modules[0].num_layers * (1 + modules[0].bidirectional)
+        given = hx(torch.zeros(rows, 3, H), torch.zeros(rows, 3, H))
+        return [message(lambda m=m: m(torch.zeros(5, 3, D), given)) for m in modules]
+
+    @wrong_states
+    @directions_and_layers
+    @places
+    def test_states_are_refused_in_torchs_words(self, kind, hx, place):
+        with place():
+            theirs, mine = self.both_messages(kind, hx)
+        assert mine == theirs
+
+    @wrong_types
+    @directions_and_layers
+    @places
+    def test_states_of_another_type_are_refused_as_torch_does(self, kind, hx, place):
+        with place():
+            theirs, mine = self.both_messages(kind, hx)
+        assert mine[0] is theirs[0]
+        if place is emulator.emulate:  # torch on the CPU shows oneDNN's words, the kernels those of torch on CUDA
+            assert mine[1].startswith("Input and hidden tensors are not the same dtype, found input tensor with Float")
+        else:
+            assert mine[1] == theirs[1]
+
+    @places
+    def test_one_tensor_for_both_states(self, place):
+        with place():
+            theirs, mine = self.both_messages({}, lambda h, c: torch.stack((h, c)))
+        begin = "lstm() received an invalid combination of arguments - got (Tensor, Tensor, list, "
+        assert [kind for kind, _ in (mine, theirs)] == [TypeError] * 2
+        assert [text.startswith(begin) for _, text in (mine, theirs)] == [True] * 2
+
+    @pytest.mark.parametrize(
+        "hx", [(), (0,), (0, 0, 0), [0, 0, 0], 0], ids=["none", "one", "three", "three in a list", "a tensor"]
+    )
+    @places
+    def test_a_cell_refuses_a_wrong_number_of_states_in_torchs_words(self, hx, place):
+        with place():
+            h, x = torch.zeros(3, H), torch.zeros(3, D)
+            given = h if hx == 0 else type(hx)(h for _ in hx)
+            theirs, mine = (message(lambda c=c: c(D, H)(x, given)) for c in (nn.LSTMCell, tritlstm.LSTMCell))
+        assert mine == theirs
+
+    @pytest.mark.parametrize("wrong", ["h", "c", "x", "device"])
+    @places
+    def test_a_cell_refuses_other_types_and_devices(self, wrong, place):
+        with place():
+            x, h, c = torch.zeros(3, D), torch.zeros(3, H), torch.zeros(3, H)
+            given = {
+                "h": (x, (h.double(), c)),
+                "c": (x, (h, c.half())),
+                "x": (x.half(), None),
+                "device": (x, (h.to("meta"), c)),
+            }[wrong]
+            cells = [nn.LSTMCell(D, H), tritlstm.LSTMCell(D, H)]
+            if wrong == "c" and x.is_cpu:  # which torch refuses on CUDA alone, and so do the kernels
+                if place is emulator.emulate:
+                    with pytest.raises(RuntimeError, match="expected scalar type Float but found Half"):
+                        cells[1](*given)
+                return
+            theirs, mine = (message(lambda m=m: m(*given)) for m in cells)
+        assert mine[0] is theirs[0] is RuntimeError
+        # Of devices torch speaks in many words.
+        assert "device" in mine[1] if wrong == "device" else mine[1] == theirs[1]
+
+    @pytest.mark.parametrize(
+        ("kind", "name", "expected"),
+        [
+            ({}, "weight_hh_l0", [24, 6]),
+            ({}, "bias_hh_l0", [24]),
+            ({"bidirectional": True}, "weight_hh_l0_reverse", [24, 6]),
+            ({"num_layers": 2, "bidirectional": True}, "weight_ih_l1", [24, 12]),
+            ({"proj_size": 3, "num_layers": 2}, "weight_hr_l1", [3, 6]),
+            ({"num_heads": 2}, "weight_hh_l0", [24, 3]),
+            ({"layer_norm": True, "bias": False}, "weight_ih_l0", [24, 4]),
+            ({"hidden_size": [5, 6]}, "weight_ih_l1", [24, 5]),
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("how", ["parameter", "functional_call"])
+    def test_a_replaced_weight_of_another_shape_is_refused(self, kind, name, expected, how, path):
+        """torch's own LSTM takes it on the CPU; its backward then ends the process."""
+        mine, x = tritlstm.LSTM(D, **{"hidden_size": H, **kind}), torch.zeros(5, 3, D)
+        text = rf"{name} of LSTM\(4, .*\) must have shape {re.escape(str(expected))}, got \[12, 4\]"
+        given = {}
+        if how == "parameter":
+            setattr(mine, name, nn.Parameter(torch.zeros(12, 4)))
+        else:
+            given[name] = torch.zeros(12, 4)
+        with pytest.raises(ValueError, match=text):
+            torch.func.functional_call(mine, given, (x,))
+
+    def test_a_swapped_module_refuses_it_too(self):
+        mine: Any = tritlstm.swap(nn.LSTM(D, H, 2, proj_size=3))
+        mine(torch.zeros(5, 3, D))
+        mine.weight_hh_l1 = nn.Parameter(torch.zeros(12, 4))
+        with pytest.raises(ValueError, match=r"weight_hh_l1 of LSTM\(4, 6, .*\) must have shape \[24, 3\], got \[12"):
+            mine(torch.zeros(5, 3, D))
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("kind", [{}, {"bidirectional": True}, {"layer_norm": True}, {"num_heads": 2}], ids=str)
+    @places
+    def test_a_replaced_weight_of_another_type_is_refused(self, kind, dtype, place):
+        """In the words of torch on CUDA; torch on the CPU has several."""
+        with place():
+            mine, x = tritlstm.LSTM(D, H, **kind), torch.zeros(5, 3, D)
+            name = "weight_hh_l0_reverse" if kind.get("bidirectional") else "weight_hh_l0"
+            setattr(mine, name, nn.Parameter(getattr(mine, name).detach().to(dtype)))
+            got = message(lambda: mine(x)[0].sum().backward())
+        assert got[0] is RuntimeError
+        if mine.cell_options.changed or place is not contextlib.nullcontext:
+            torchs = {torch.float64: "Double", torch.bfloat16: "BFloat16"}[dtype]
+            assert got[1] == (
+                "Input and parameter tensors are not the same dtype, found input tensor with Float and parameter "
+                f"tensor with {torchs}"
+            )
+
+    @pytest.mark.parametrize(
+        "kind",
+        [*KINDS.values(), *({name: value} for name, value in VARIANTS.items())],
+        ids=[*KINDS.keys(), *VARIANTS.keys()],
+    )
+    @places
+    def test_no_time_steps(self, kind, place):
+        """Whatever the module is and runs on, and whether or not lengths or resets come with it."""
+        expected = message(lambda: nn.LSTM(D, H)(torch.zeros(0, 3, D)))
+        assert expected == (RuntimeError, "Expected sequence length to be larger than 0 in RNN")
+        with place():
+            x = torch.zeros((3, 0, D) if kind.get("batch_first") else (0, 3, D))
+            mine = tritlstm.LSTM(D, **{"hidden_size": H, **kind})
+            resets = torch.zeros(x.shape[:2], dtype=torch.bool)
+            assert message(lambda: mine(x)) == expected
+            assert message(lambda: mine.eval()(x, lengths=[0, 0, 0])) == expected
+            assert message(lambda: mine.train()(x, lengths=torch.zeros(3, dtype=torch.int64))) == expected
+            assert message(lambda: mine(x, resets=resets)) == expected
+            assert message(lambda: tritlstm.trace(mine, x)) == expected
+            assert message(lambda: mine(torch.zeros(0, D))) == expected
 
 
 class TestDerivatives:
@@ -299,6 +475,76 @@ class TestAutocast:
         with torch.autocast("cpu", torch.bfloat16):
             got = outputs(tritlstm.LSTM(D, H)(torch.randn(5, 3, D)))
         assert {t.dtype for t in got} == {torch.bfloat16}
+
+
+class TestWideCell:
+    """In 16 bits the cell state is float32 on every path. torch's own LSTM on the CPU rounds it at every step: there,
+    sums of many small terms stop growing where a term is half a unit in the last place of the sum.
+    """
+
+    STEPS, TERM = 600, 0.001
+
+    def module(self, dtype: torch.dtype) -> tritlstm.LSTM:
+        """Gates of 1 and an input node of TERM at every step."""
+        mine = tritlstm.LSTM(D, H)
+        with torch.no_grad():
+            for parameter in mine.parameters():
+                parameter.zero_()
+            mine.bias_ih_l0.copy_(torch.tensor([20.0, 20.0, self.TERM, 20.0]).repeat_interleave(H))
+        return mine.to(dtype)
+
+    @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])
+    @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+    @pytest.mark.parametrize("form", ["plain", "lengths", "packed", "batch_first"])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+    @pytest.mark.parametrize("how", ["autocast", "module"])
+    def test_many_small_terms_add_up(self, how, dtype, form, training, grad):
+        mine = self.module(torch.float32 if how == "autocast" else dtype).train(training)
+        mine.batch_first = form == "batch_first"
+        x = torch.zeros((2, self.STEPS, D) if mine.batch_first else (self.STEPS, 2, D), dtype=mine.bias_ih_l0.dtype)
+        ends = [self.STEPS, self.STEPS - 1]
+        given = nn.utils.rnn.pack_padded_sequence(x, ends) if form == "packed" else x
+        with torch.autocast("cpu", dtype, enabled=how == "autocast"), torch.set_grad_enabled(grad):
+            out, (h_n, c_n) = mine(given, lengths=ends) if form == "lengths" else mine(given)
+        cut = form in ("lengths", "packed")
+        self.check(h_n, c_n, dtype, mine, torch.tensor(ends if cut else [self.STEPS] * 2))
+        assert out.data.dtype == (torch.float32 if (how, form) == ("autocast", "packed") else dtype)
+
+    @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+    @pytest.mark.parametrize("how", ["autocast", "module"])
+    def test_compiled(self, how, training):
+        mine = self.module(torch.float32 if how == "autocast" else torch.bfloat16).train(training)
+        x = torch.zeros(self.STEPS, 2, D, dtype=mine.bias_ih_l0.dtype)
+        torch._dynamo.reset()
+        compiled = torch.compile(mine, fullgraph=True, backend="aot_eager")
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"), torch.set_grad_enabled(training):
+            _, (h_n, c_n) = compiled(x)
+        self.check(h_n, c_n, torch.bfloat16, mine, torch.tensor([self.STEPS] * 2))
+
+    def check(self, h_n: Tensor, c_n: Tensor, dtype: torch.dtype, mine: tritlstm.LSTM, ends: Tensor) -> None:
+        term = mine.bias_ih_l0[2 * H].double().tanh().detach()
+        c = (term * ends)[:, None].expand(2, H)
+        # One rounding of the result; 600 of float32 and the gates' distance from 1, 2e-9 a step, are far below it.
+        unit = torch.finfo(dtype).eps / 2 * 1.01
+        torch.testing.assert_close(c_n[0].double(), c, rtol=unit, atol=0)
+        torch.testing.assert_close(h_n[0].double(), c.tanh(), rtol=unit, atol=0)
+
+    def test_gradients_are_those_of_a_float32_cell(self):
+        """Against float64 on the same weights, with lengths and without."""
+        torch.manual_seed(0)
+        mine = tritlstm.LSTM(D, H, 2, bidirectional=True, dtype=torch.bfloat16)
+        x, exact = torch.randn(20, 3, D).bfloat16(), copy.deepcopy(mine).double()
+        lengths = torch.full((3,), 20)
+        found = []
+        for module, given, more in ((mine, x, {}), (mine, x, {"lengths": lengths}), (exact, x.double(), {})):
+            module.zero_grad()
+            out, (h_n, c_n) = module(given, **more)
+            (out.double().square().sum() + c_n.double().sum() + h_n.double().sum()).backward()
+            found.append([p.grad.double() for p in module.parameters()])
+        # Results, and with them the gradients that come back, and the gradients themselves are rounded by up to 2^-9.
+        for *by_mine, expected in zip(*found, strict=True):
+            for value in by_mine:
+                assert (value - expected).abs().max() <= 2**-7 * expected.abs().max()
 
 
 class TestCompile:

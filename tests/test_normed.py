@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import tritlstm
-from tritlstm import aten, emulator, inspect_kernels, normed, normed_ops, ops, plan
+from tritlstm import aten, emulator, inspect_kernels, normed, normed_ops, plan
 from tritlstm.cell_options import Cell
 
 CUDA = torch.cuda.is_available()
@@ -259,6 +260,41 @@ def test_what_no_kernel_fits_runs_in_plain_operators_and_says_so():
     assert "layer_norm needs all blocks of a step on the device at once: no forward kernel" in said.reason
 
 
+@pytest.mark.parametrize("coupled", [True, False], ids=["coupled", "not coupled"])
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_the_explicit_gradient_of_plain_operators_is_autograds(reverse, coupled):
+    """In float64, with every other option of the cell: the operator outside the kernels."""
+    problem, generator = Problem.draw((5, 4, 3, 7), torch.float64, seed=8), torch.Generator().manual_seed(9)
+    resets = torch.rand((5, 4), generator=generator) < 0.4
+    peephole, scale = (torch.randn(s, generator=generator).double() for s in ((21,), (4, 7)))
+    noise = torch.tensor([11, 5, 2]) if coupled else None
+    cell, lengths = Cell(resets, peephole, scale, noise, coupled, 0.8, 0.4, 0.3, (3, 4, 1)), [5, 0, 2, 3]
+    exact = problem.plain(torch.float64, lengths, reverse, cell)
+    inputs, norm = problem.leaves(torch.float64, "cpu")
+    cell = cell._replace(peephole=peephole.clone().requires_grad_())
+    ends = torch.tensor(lengths, dtype=torch.int32)
+    results = normed_ops.layer(*inputs.values(), ends, reverse, False, cell, norm)[:3]
+    assert "_LayerBackward" in type(results[0].grad_fn).__name__
+    torch.autograd.backward(results, problem.grads)
+    for name, value in named(results, inputs, norm, cell).items():
+        torch.testing.assert_close(value, exact[name], rtol=1e-11, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.skipif(CUDA, reason="on CUDA plain operators run only where no kernel fits")
+@pytest.mark.parametrize("by_kernels", [True, False], ids=["saved by kernels", "saved by plain operators"])
+def test_kernels_and_plain_operators_save_the_same(by_kernels):
+    """What one saves, the other differentiates, as compiled code may meet it."""
+    problem, lengths = Problem.draw((4, 5, 7, 37), seed=10), [4, 0, 2, 1, 3]
+    exact = problem.exact(lengths, True)
+    inputs, norm = problem.leaves(torch.float32, "cpu")
+    ends, grads = torch.tensor(lengths, dtype=torch.int32), problem.grads
+    with emulator.emulate() if by_kernels else contextlib.nullcontext():
+        results = normed_ops.layer(*inputs.values(), ends, True, False, Cell(), norm)[:3]
+    with contextlib.nullcontext() if by_kernels else emulator.emulate():
+        torch.autograd.backward(results, grads)
+    assert_close(named(results, inputs, norm, None), exact)
+
+
 def test_double_backward_is_that_of_the_plain_operators():
     problem = Problem.draw((3, 2, 3, 8), seed=5)
 
@@ -279,6 +315,39 @@ def test_double_backward_is_that_of_the_plain_operators():
         torch.testing.assert_close(value.double().cpu(), expected, rtol=2e-5, atol=2e-5 * expected.abs().max().item())
 
 
+def test_forward_mode_of_the_operator_is_that_of_finite_differences():
+    problem = Problem.draw((3, 2, 3, 4), torch.float64, seed=11)
+    inputs, norm = problem.leaves(torch.float64, "cpu")
+
+    def run(x: Tensor, w_hh: Tensor, gain: Tensor) -> Tensor:
+        given = [*(inputs | {"x": x, "w_hh": w_hh}).values(), None, False, False, *Cell()]
+        return torch.ops.tritlstm.normed_layer(*given, *norm._replace(c=gain))[0]
+
+    leaves = (inputs["x"], inputs["w_hh"], norm.c)
+    assert torch.autograd.gradcheck(run, leaves, check_forward_ad=True, fast_mode=True)
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+def test_checkpointing_has_the_gradients_of_a_call_without_it(reentrant):
+    module, x = tritlstm.LSTM(3, 4, layer_norm=True).to(DEVICE), torch.randn(4, 2, 3, device=DEVICE)
+    x.requires_grad_()
+    found = []
+
+    def flat(x: Tensor) -> tuple[Tensor, ...]:
+        out, states = module(x)
+        return out, *states
+
+    with kernels(sms=2):
+        for run in (flat, lambda x: checkpoint(flat, x, use_reentrant=reentrant)):
+            out, h_n, c_n = run(x)
+            (out.square().sum() + h_n.sum() + c_n.sum()).backward()
+            found.append([value.grad for value in (x, *module.parameters())])
+            module.zero_grad()
+            x.grad = None
+    for value, expected in zip(*found, strict=True):
+        assert torch.equal(value, expected)
+
+
 def test_torch_func_transforms_run_plain_operators():
     problem = Problem.draw((3, 2, 3, 8), seed=6)
     inputs = {n: v.to(DEVICE) for n, v in problem.inputs.items()}
@@ -295,17 +364,21 @@ def test_torch_func_transforms_run_plain_operators():
         torch.testing.assert_close(got[k], torch.func.grad(loss, 1)(inputs["x"], gains[k]))
 
 
-def test_operators_are_registered_as_torch_asks():
-    problem = Problem.draw((3, 2, 3, 8))
-    inputs, norm = problem.leaves(torch.float32, DEVICE)
-    cell = Cell(peephole=torch.randn(24, device=DEVICE).requires_grad_())
-    with kernels():
+@pytest.mark.parametrize(
+    ("dtype", "by_kernels"), [(torch.float32, True), (torch.float32, False), (torch.float64, False)], ids=str
+)
+def test_operators_are_registered_as_torch_asks(dtype, by_kernels):
+    problem = Problem.draw((3, 2, 3, 8), dtype)
+    inputs, norm = problem.leaves(dtype, DEVICE)
+    cell = Cell(peephole=torch.randn(24, device=DEVICE, dtype=dtype).requires_grad_())
+    with kernels() if by_kernels else contextlib.nullcontext():
         torch.library.opcheck(
             torch.ops.tritlstm.normed_layer.default, (*inputs.values(), None, True, True, *cell, *norm)
         )
 
 
-def test_torch_compile_sees_one_operator(monkeypatch):
+@pytest.mark.parametrize("by_kernels", [True, False], ids=["kernels", "plain operators"])
+def test_torch_compile_sees_one_operator(by_kernels):
     module, x = tritlstm.LSTM(5, 8, layer_norm=True).to(DEVICE), torch.randn(3, 2, 5, device=DEVICE)
     names: list[str] = []
 
@@ -313,9 +386,8 @@ def test_torch_compile_sees_one_operator(monkeypatch):
         names.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
         return graph.forward
 
-    if not CUDA:
-        monkeypatch.setattr(ops, "runs_kernels", lambda x: True)
-    with kernels(), torch.no_grad():
+    torch._dynamo.reset()
+    with kernels() if by_kernels else contextlib.nullcontext(), torch.no_grad():
         got = torch.compile(module, backend=backend, fullgraph=True)(x)[0]
         expected = module(x)[0]
     assert torch.equal(got, expected)
@@ -342,8 +414,6 @@ def test_what_the_operators_refuse():
     inputs, norm = problem.inputs.values(), problem.norm
     with kernels(), pytest.raises(ValueError, match=r"norm_hh must be \[32\] of a float dtype .* got \[8\]"):
         torch.ops.tritlstm.normed_layer(*inputs, None, False, False, *Cell(), *norm._replace(hh=norm.c))
-    with pytest.raises(ValueError, match=r"runs in the Triton kernels alone, .* of torch.float64 on cpu; tritlstm"):
-        torch.ops.tritlstm.normed_layer(*(v.double() for v in inputs), None, False, False, *Cell(), *norm)
 
 
 @pytest.mark.skipif(CUDA, reason="compiles for other architectures; on CUDA the tests above do for this one")

@@ -24,6 +24,7 @@ from torch import Tensor
 from . import random_bits
 from .cell_options import PLAIN, Cell
 
+EPSILON = 1e-5  # of layer normalisation; that of kernels/norm.py too
 GROUP = 8  # HX is a multiple of this: rows of a 16-bit state then begin at multiples of 16 bytes
 
 
@@ -57,9 +58,57 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run the layer over all time steps; arguments and results are those of `torch.ops.tritlstm.layer`.
 
-    With `recompute` only the cells are saved: `backward` rebuilds the gates. `norm` normalises; of that `backward`
-    knows nothing, autograd does.
+    With `recompute` only the cells are saved: `backward` rebuilds the gates. `norm` normalises; `normed_forward` is the
+    form that `normed_backward` goes with.
     """
+    return _forward(x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, save, gate0, cell, recompute, norm, None)
+
+
+def normed_forward(
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    h0: Tensor,
+    c0: Tensor,
+    lengths: Tensor | None,
+    reverse: bool,
+    save: bool,
+    cell: Cell,
+    norm: Norm,
+) -> tuple[Tensor, ...]:
+    """`forward` of a layer-normed cell: its results, and with `save` products [T, B, 4 HX] and statistics [T, B, 3]."""
+    kept: tuple[list[Tensor], list[Tensor]] = ([], [])
+    results = _forward(
+        x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, save, None, cell, False, norm, kept if save else None
+    )
+    if not save:
+        return *results, x.new_empty(0), results[-1].new_empty(0)
+    products, cells = (torch.stack(values[::-1] if reverse else values) for values in kept)
+    hat, _, inverse = _normalize(products)
+    _, mean, inverse_c = _normalize(cells)
+    return *results, pack_gates(hat).to(x.dtype), torch.cat((inverse, mean, inverse_c), -1)
+
+
+def _forward(
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    h0: Tensor,
+    c0: Tensor,
+    lengths: Tensor | None,
+    reverse: bool,
+    save: bool,
+    gate0: Tensor | None,
+    cell: Cell,
+    recompute: bool,
+    norm: Norm | None,
+    kept: tuple[list[Tensor], list[Tensor]] | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`kept` gets the recurrent product and the cell before zoneout of each step, as they are before normalisation."""
     wide = state_dtype(x.dtype)
     cuts = cut_steps(cell.resets, lengths, reverse)
     biases = (b_ih, b_hh) if norm is None else (None, None)
@@ -75,10 +124,13 @@ def forward(
         if cuts is not None:
             h_prev, c_prev = torch.where(cuts[t], 0, h), torch.where(cuts[t], 0, c)
         sent = sent_on(h_prev, cell)
-        product = sent.to(wide) @ recurrent
+        raw = product = sent.to(wide) @ recurrent
         if norm is not None:
-            product = _normalized(product, norm.hh, b_hh)
+            product = _normalized(raw, norm.hh, b_hh)
         i, f, g, o, c_new = activate(inputs[t] + product, c_prev, cell)
+        if kept is not None:
+            kept[0].append(raw)
+            kept[1].append(c_new)
         shown = c_new if norm is None else _normalized(c_new, norm.c, norm.c_bias)
         h_new = o * _activation(cell.activations[2], shown)
         if keep_h is not None:
@@ -133,8 +185,8 @@ def backward(
         inputs = _input_product(x, w_ih, *rebuild, cuts, lengths, reverse)
         i, f, g, o, _ = activate(inputs + sent @ w_hh.to(wide).t(), c_prev, cell)
     c_new = cells[..., : h0.size(1)] if cell.zoneout_c == 0 else candidate(i, f, g, c_prev, cell)
-    grad_gates, grad_h0, grad_c0 = _walk_back(
-        grad_out, grad_h_n, grad_c_n, w_hh.to(wide), lengths, cuts, (i, f, g, o), c_new, c_prev, reverse, cell
+    grad_gates, _, _, grad_h0, grad_c0 = _walk_back(
+        grad_out, grad_h_n, grad_c_n, w_hh.to(wide), lengths, cuts, (i, f, g, o), c_new, c_prev, reverse, cell, None
     )
     rows = grad_gates.flatten(0, 1)  # [T B, 4H]
     starts = first if cuts is None else first & ~cuts
@@ -151,9 +203,86 @@ def backward(
     return tuple(result() if need else x.new_empty(0) for result, need in zip(results, needs, strict=False))
 
 
+class _Normalized(NamedTuple):
+    """What the gradient needs of the products and cells that were normalised, of all steps."""
+
+    hat: Tensor  # [T, B, 4H], products normalised
+    inverse: Tensor  # [T, B, 1], 1 / std of the products
+    hat_c: Tensor  # [T, B, H]
+    inverse_c: Tensor  # [T, B, 1]
+    gain: Tensor  # [4H], Norm's hh, c and c_bias
+    gain_c: Tensor  # [H]
+    bias_c: Tensor
+
+
+def normed_backward(
+    grad_out: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    lengths: Tensor | None,
+    out: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    products: Tensor,
+    statistics: Tensor,
+    reverse: bool,
+    cell: Cell,
+    norm: Norm,
+) -> tuple[Tensor, ...]:
+    """Gradients of x, w_ih, w_hh, the bias sum, h0, c0, `cell.peephole` (or empty), and the four of `norm`."""
+    wide = state_dtype(x.dtype)
+    first = _first_steps(x.size(0), lengths, reverse, x.device)
+    cuts = cut_steps(cell.resets, lengths, reverse)
+    h_prev, c_prev = previous_states(out, cells, h0, c0.to(wide), cuts, first, reverse)
+    sent = sent_on(h_prev, cell).to(wide)
+    i, f, g, o = (gate.to(wide) for gate in unpack_gates(gates, h0.size(1)))
+    c_new = cells[..., : h0.size(1)] if cell.zoneout_c == 0 else candidate(i, f, g, c_prev, cell)
+    inverse, mean_c, inverse_c = statistics.split(1, -1)
+    hat, hat_c = torch.cat(unpack_gates(products, h0.size(1)), -1).to(wide), (c_new - mean_c) * inverse_c
+    normalized = _Normalized(hat, inverse, hat_c, inverse_c, *(gain.to(wide) for gain in norm[1:]))
+    grad_gates, grad_products, grad_shown, grad_h0, grad_c0 = _walk_back(
+        grad_out, grad_h_n, grad_c_n, w_hh.to(wide), lengths, cuts, (i, f, g, o), c_new, c_prev, reverse, cell,
+        normalized,
+    )  # fmt: skip
+    hat_in, _, inverse_in = _normalize(F.linear(x.to(wide), w_ih.to(wide)))
+    grad_inputs = _through(grad_gates * norm.ih.to(wide), hat_in, inverse_in)
+    rows_in, rows = grad_inputs.flatten(0, 1), grad_products.flatten(0, 1)  # [T B, 4H]
+    peephole = x.new_empty(0)
+    if cell.peephole is not None:
+        peephole = peephole_gradient(grad_gates, c_prev, c_new).to(x.dtype)
+    return (
+        (grad_inputs @ w_ih.to(wide)).to(x.dtype),
+        (rows_in.t() @ x.flatten(0, 1).to(wide)).to(w_ih.dtype),
+        (rows.t() @ sent.flatten(0, 1)).to(w_hh.dtype),
+        grad_gates.sum((0, 1)).to(w_ih.dtype),
+        grad_h0.to(h0.dtype, copy=True),
+        grad_c0.to(c0.dtype, copy=True),
+        peephole,
+        (grad_gates * hat_in).sum((0, 1)).to(norm.ih.dtype),
+        (grad_gates * hat).sum((0, 1)).to(norm.hh.dtype),
+        (grad_shown * hat_c).sum((0, 1)).to(norm.c.dtype),
+        grad_shown.sum((0, 1)).to(norm.c_bias.dtype),
+    )
+
+
+def _normalize(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Values normalised over the last dimension, their means and 1 / std."""
+    return torch.native_layer_norm(values, values.shape[-1:], None, None, EPSILON)
+
+
+def _through(grad: Tensor, hat: Tensor, inverse: Tensor) -> Tensor:
+    """The gradient of normalised values `hat` to that of the values before."""
+    return inverse * (grad - grad.mean(-1, keepdim=True) - hat * (grad * hat).mean(-1, keepdim=True))
+
+
 def _normalized(values: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
     bias = None if bias is None else bias.to(values.dtype)
-    return F.layer_norm(values, values.shape[-1:], gain.to(values.dtype), bias)
+    return F.layer_norm(values, values.shape[-1:], gain.to(values.dtype), bias, EPSILON)
 
 
 def activate(pre: Tensor, c_prev: Tensor, cell: Cell) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -306,16 +435,19 @@ def _walk_back(
     c_prev: Tensor,
     reverse: bool,
     cell: Cell,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the gates before activation [T, B, 4H], and of the first step's h and c [B, H].
+    norm: _Normalized | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the gates before activation and of the recurrent products [T, B, 4H], of the normalised cell with
+    its gain and bias (empty without `norm`), and of the first step's h and c [B, H].
 
     `c` [T, B, H] is the cell before zoneout.
     """
     wide, steps = c_prev.dtype, len(c_prev)
     i, f, g, o = gates
     d_gate, d_node, d_shown = (_DERIVATIVES[code] for code in cell.activations)
-    shown = _activation(cell.activations[2], c)
-    # What a unit gradient of c (for o: of h) adds to each gate, and what one of h adds to c: [T, B, H].
+    shown = _activation(cell.activations[2], c if norm is None else norm.hat_c * norm.gain_c + norm.bias_c)
+    # What a unit gradient of c (for o: of h) adds to each gate, and what one of h adds to c (as it is shown, normalised
+    # or not): [T, B, H].
     per_i, per_f, per_g = g * d_gate(i), c_prev * d_gate(f), i * d_node(g)
     per_o, per_c = shown * d_gate(o), o * d_shown(shown)
     if cell.coupled:
@@ -327,7 +459,7 @@ def _walk_back(
     zeros = torch.zeros_like(c_prev[0])
     grad_h = zeros if grad_h_n is None else grad_h_n.to(wide)
     grad_c = zeros if grad_c_n is None else grad_c_n.to(wide)
-    grad_gates = [zeros] * steps
+    grad_gates, grad_products, grad_shown = ([zeros] * steps for _ in range(3))
     for t in _order(steps, not reverse):
         grad_h_t, grad_c_t = grad_h if grad_out is None else grad_h + grad_out[t].to(wide), grad_c
         if keep_h is not None:
@@ -335,7 +467,10 @@ def _walk_back(
         if keep_c is not None:
             kept_c, grad_c_t = keep_c[t] * grad_c_t, (1 - keep_c[t]) * grad_c_t
         d_o = grad_h_t * per_o[t]
-        grad_c_t = grad_c_t + grad_h_t * per_c[t]
+        grad_shown[t] = through_c = grad_h_t * per_c[t]
+        if norm is not None:
+            through_c = _through(through_c * norm.gain_c, norm.hat_c[t], norm.inverse_c[t])
+        grad_c_t = grad_c_t + through_c
         if p_o is not None:
             grad_c_t = grad_c_t + d_o * p_o
         if unclipped is not None:
@@ -345,7 +480,12 @@ def _walk_back(
         if lengths is not None:
             active = (t < lengths)[:, None]
             grad_gates[t] = torch.where(active, grad_gates[t], 0)
-        h_before, c_before = grad_gates[t] @ w_hh, grad_c_t * f[t]
+        grad_products[t] = grad_gates[t]
+        if norm is not None:
+            if lengths is not None:
+                grad_shown[t] = torch.where(active, grad_shown[t], 0)
+            grad_products[t] = _through(grad_gates[t] * norm.gain, norm.hat[t], norm.inverse[t])
+        h_before, c_before = grad_products[t] @ w_hh, grad_c_t * f[t]
         if p_i is not None and p_f is not None:
             c_before = c_before + d_i * p_i + d_f * p_f
         if cell.h_scale is not None:
@@ -360,7 +500,10 @@ def _walk_back(
             grad_h, grad_c = h_before, c_before
         else:
             grad_h, grad_c = torch.where(active, h_before, grad_h), torch.where(active, c_before, grad_c)
-    return torch.stack(grad_gates), grad_h, grad_c
+    of_gates = torch.stack(grad_gates)
+    if norm is None:
+        return of_gates, of_gates, of_gates.new_empty(0), grad_h, grad_c
+    return of_gates, torch.stack(grad_products), torch.stack(grad_shown), grad_h, grad_c
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

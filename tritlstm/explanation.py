@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -252,14 +252,20 @@ def _runs(
         if ends is not None and not functional.packs(data):
             reason = f"; {reason}" if kernels_here else ""
             return other("aten", f"lengths run where they are, in plain PyTorch operators{reason}")
+        short: list[str] = []
+        if hasattr(module, "num_layers") and functional.short_on_cpu(data, isinstance(input, PackedSequence)):
+            short.append(
+                "in 16 bits all is computed in float32 and rounded at the end, so that the cell state stays float32"
+            )
         if call.training and module.training and _explicit(module, call, input, ends):
             reason = "a training step whose explicit backward in plain PyTorch operators is faster than torch's own"
-            return other("aten", reason)
+            return other("aten", reason, *short)
         if kernels_here:
             return other("torch", reason)
         return other(
             "torch",
             f"tensors on {data.device.type}: torch's own LSTM is the fast one there",
+            *short,
             "compiled training and an export with a dynamic T run the layer in plain PyTorch operators instead",
             "tritlstm.emulator.emulate() runs the Triton kernels on a CPU, for tests",
         )
@@ -280,6 +286,10 @@ def _runs(
 def _explicit(module: Any, call: _Call, input: Tensor | PackedSequence, ends: Tensor | None) -> bool:
     if not hasattr(module, "num_layers"):
         return False
+    packed = isinstance(input, PackedSequence)
+    if functional.short_on_cpu(cast(Any, input).data, packed):
+        with torch.autocast("cpu", enabled=False):  # what runs then is decided in float32
+            return _explicit(module, call, cast(Any, input).to(torch.float32), ends)
     options = module._options()._replace(input_size=call.input_size, hidden_size=call.hidden)
     if isinstance(input, PackedSequence):
         return functional.explicit_pays(input.data, input.batch_sizes, options)

@@ -8,6 +8,7 @@ everywhere else.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -24,6 +25,7 @@ from .variants import Extras, Resets
 __all__ = ["lstm"]
 
 Lengths = Tensor | Sequence[int]
+_SHORT = (torch.float16, torch.bfloat16)
 _CPU_DTYPES = (*ops.KERNEL_DTYPES, torch.float64)
 States = tuple[Tensor, Tensor]
 Input = TypeVar("Input", Tensor, PackedSequence)
@@ -58,7 +60,8 @@ def lstm(
         bidirectional: every layer also walks from the end to the start, with weights of its own.
         batch_first: the input and the output are [B, T, ...]; the states keep their order.
         dropout: probability with which an element of a layer's output is zeroed on its way to the next layer.
-        training: whether dropout acts. On the CPU, without it, results and gradients are torch.nn.LSTM's to the bit;
+        training: whether dropout acts. On the CPU, without it, results and gradients in float32 and float64 are
+            torch.nn.LSTM's to the bit (16 bits are computed in float32 and rounded at the end);
             with it, and a gradient to come, the steps that `tritlstm.cpu` computes faster may differ in the last bits.
         lengths: [B] integers from 0 to T, a tensor on any device or a sequence of ints, in any order; None for T
             everywhere. Outputs at positions t >= lengths[b] are zero, the reverse direction starts at a
@@ -250,6 +253,8 @@ def _run(
     options: Options,
     extras: Extras | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if extras is None and short_on_cpu(x, batch_sizes is not None):
+        return _in_float32(_run, x, batch_sizes, hx, weights, options)
     # What torch's own LSTM does not have runs in the operators everywhere.
     if (
         extras is not None
@@ -291,6 +296,32 @@ def explicit_pays(x: Tensor, batch_sizes: Tensor | None, options: Options) -> bo
 def runs_operators(x: Tensor) -> bool:
     """Whether `torch.ops.tritlstm.layer` runs, and not torch's own LSTM."""
     return runs_kernels(x) or _compiles_training(x) or transforms(x)
+
+
+def short_on_cpu(x: Tensor, packed: bool) -> bool:
+    """Whether this is 16-bit work on the CPU, where torch's own LSTM would round the cell state at every step."""
+    # Asked in every call. Under autocast torch computes packed data in float32 anyway, and returns them so.
+    if x.dtype not in _SHORT and (packed or not torch._C._is_any_autocast_enabled()):
+        return False
+    return x.is_cpu and _dtype_of_results(x) in _SHORT and not runs_kernels(x)
+
+
+def _in_float32(
+    run: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    x: Tensor,
+    extents: Tensor | None,
+    hx: States,
+    weights: list[Tensor],
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`run` with the states in float32 throughout; its results are rounded once."""
+    _check_tensors(x, hx, weights)
+    dtype = _dtype_of_results(x)
+    autocast = torch._C._is_any_autocast_enabled()
+    with torch.autocast("cpu", enabled=False) if autocast else contextlib.nullcontext():
+        wide = [t.float() for t in (x, *hx, *weights)]
+        out, h_n, c_n = run(wide[0], extents, (wide[1], wide[2]), wide[3:], options)
+    return out.to(dtype), h_n.to(dtype), c_n.to(dtype)
 
 
 def _unrolls(x: Tensor, options: Options) -> bool:
@@ -352,6 +383,9 @@ def _run_lengths(
     extras: Extras | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch_dim = 0 if options.batch_first else 1
+    _check_steps(x.size(1 - batch_dim))
+    if extras is None and short_on_cpu(x, packed=False):
+        return _in_float32(_run_lengths, x, lengths, hx, weights, options)
     direct = extras is not None or not packs(x)
     if direct or (options.training and _trains_explicitly(x, batch_sizes_of(lengths), hx, weights, options)):
         steps = x.transpose(0, 1) if options.batch_first else x
@@ -372,7 +406,6 @@ def _run_lengths(
     )
     data, h, c = _run(data, batch_sizes, _permute(hx, order), weights, options)
     out, _ = _VF._pad_packed_sequence(data, batch_sizes, options.batch_first, 0.0, x.size(1 - batch_dim))
-    # Under autocast torch computes packed data on the CPU in float32 all the same.
     out = x.new_zeros(shape, dtype=dtype).index_copy(batch_dim, order, out.to(dtype))
     h_n, c_n = (old.to(dtype).index_copy(1, order, new.to(dtype)) for old, new in zip(hx, (h, c), strict=True))
     return out, h_n, c_n
@@ -389,9 +422,11 @@ def out_width(options: Options) -> int:
 
 
 def _dtype_of_results(x: Tensor) -> torch.dtype:
+    # Some devices, as meta, have no autocast to ask for.
+    if not torch._C._is_any_autocast_enabled() or x.dtype == torch.float64 or not x.is_floating_point():
+        return x.dtype
     device = x.device.type
-    cast = aten.autocasts(device) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if cast else x.dtype
+    return torch.get_autocast_dtype(device) if aten.autocasts(device) else x.dtype
 
 
 def _compiles_training(x: Tensor) -> bool:
@@ -461,6 +496,8 @@ def run_layers(
     rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All layers and directions over x [T, B, D]; `rows` are the places in [T B] that dropout draws for."""
+    _check_tensors(x, hx, weights)
+    _check_steps(x.size(0))
     directions = 2 if options.bidirectional else 1
     each = 2 + 2 * options.bias + (options.proj_size > 0)
     states: list[States] = []
@@ -598,8 +635,53 @@ def _check(x: Tensor, batch: int, hx: States, weights: list[Tensor], options: Op
             raise RuntimeError(f"Expected hidden[{k}] size {expected}, got {list(hx[k].size())}")
 
 
-def _check_cell(x: Tensor, hx: States, w_ih: Tensor, w_hh: Tensor) -> None:
+#: As torch's errors name them.
+_TORCHS_NAMES = {
+    torch.float16: "Half", torch.bfloat16: "BFloat16", torch.float32: "Float", torch.float64: "Double",
+    torch.int32: "Int", torch.int64: "Long",
+}  # fmt: skip
+
+
+def _check_tensors(x: Tensor, hx: Any, weights: list[Tensor]) -> None:
+    """What torch's own LSTM checks where it runs, so that the operators must; in the words it has for CUDA."""
+    if isinstance(hx, Tensor):
+        raise TypeError(
+            "lstm() received an invalid combination of arguments - got (Tensor, Tensor, list, ...); hx must be a tuple "
+            f"of two tensors, (h_0, c_0), got one tensor of shape {list(hx.shape)}"
+        )
+    if len(hx) != 2:
+        raise RuntimeError("lstm expects two hidden states")
+    device, dtype = x.device, _dtype_of_results(x)
+    for name, tensors in (("hidden", hx), ("parameter", weights)):
+        for t in tensors:
+            if t.device != device:
+                raise RuntimeError(
+                    f"Input and {name} tensors are not at the same device, found input tensor at {device} and {name} "
+                    f"tensor at {t.device}"
+                )
+            if _dtype_of_results(t) != dtype:
+                raise RuntimeError(
+                    f"Input and {name} tensors are not the same dtype, found input tensor with {_torchs_name(x)} and "
+                    f"{name} tensor with {_torchs_name(t)}"
+                )
+
+
+def _torchs_name(x: Tensor) -> str:
+    return _TORCHS_NAMES.get(x.dtype, str(x.dtype))
+
+
+def _check_steps(steps: int) -> None:
+    if steps == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")  # torch.nn.LSTM's words
+
+
+def _check_cell(x: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor) -> None:
     """The checks of torch.nn.LSTMCell in its words."""
+    if not isinstance(hx, (tuple, list)):
+        got = type(hx).__name__
+        raise TypeError(f"lstm_cell(): argument 'hx' (position 2) must be tuple of Tensors, not {got}")
+    if len(hx) != 2:
+        raise RuntimeError("lstm_cell expects two hidden states")
     if x.size(1) != w_ih.size(1):
         raise RuntimeError(f"input has inconsistent input_size: got {x.size(1)} expected {w_ih.size(1)}")
     for k, state in enumerate(hx):
@@ -611,6 +693,19 @@ def _check_cell(x: Tensor, hx: States, w_ih: Tensor, w_hh: Tensor) -> None:
             raise RuntimeError(
                 f"hidden{k} has inconsistent hidden_size: got {state.size(1)}, expected {w_hh.size(1)}"
             )
+    for t in (*hx, w_ih, w_hh):
+        if t.device != x.device:
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, but found at least two devices, {x.device} and "
+                f"{t.device}!"
+            )
+    for a, b in ((x, w_ih), (hx[0], w_hh)):
+        if _dtype_of_results(a) != _dtype_of_results(b):
+            raise RuntimeError(
+                f"mat1 and mat2 must have the same dtype, but got {_torchs_name(a)} and {_torchs_name(b)}"
+            )
+    if _dtype_of_results(hx[1]) != _dtype_of_results(x):
+        raise RuntimeError(f"expected scalar type {_torchs_name(x)} but found {_torchs_name(hx[1])}")
 
 
 def _infer(params: list[Tensor], directions: int) -> tuple[int, int, int, int, bool]:

@@ -30,7 +30,9 @@ class LSTM(nn.RNNBase):
     `torch.compile` compiles for training, in an export with a dynamic T, under `vmap` and in forward mode; and in
     training on the CPU where they are faster: packed data and batches with `lengths`, of 24 steps or more, and large
     weights for few rows (`tritlstm.cpu` has the rule). There the results, and what `eval()` computes, which is
-    always torch's own, may differ in the last bits.
+    always torch's own, may differ in the last bits. In 16 bits on the CPU, also under autocast, everything but variants
+    is computed in float32 and rounded at the end: the cell state, which torch.nn.LSTM rounds there at every step, is
+    float32 on every path.
 
     T time steps, B batch, D `input_size`, H `hidden_size`, R `proj_size` or else H, S 2 if `bidirectional`
     else 1.
@@ -101,6 +103,8 @@ class LSTM(nn.RNNBase):
     #: One a layer, where `hidden_size` was a list.
     hidden_sizes: tuple[int, ...] | None = None
     forget_bias: float | None = None
+    #: Of the weights, in the order of their names; None in a module unpickled from a version without it.
+    _shapes: list[tuple[int, ...]] | None = None
 
     def __init__(
         self,
@@ -153,6 +157,7 @@ class LSTM(nn.RNNBase):
         if forget_bias is not None and not bias:
             raise ValueError(f"forget_bias={forget_bias!r} needs bias=True, got bias={bias!r}")
         self.hidden_sizes, self.forget_bias = sizes, forget_bias
+        self._remember_shapes()
         if self._shape_parameters():
             self.reset_parameters()
         else:
@@ -170,22 +175,35 @@ class LSTM(nn.RNNBase):
         like = cast(Tensor, self.weight_ih_l0)
         for k, suffix in enumerate(self._suffixes()):
             layer = k // directions
-            size = self._size_of(layer)
-            below = self.input_size if layer == 0 else directions * (self.proj_size or self._size_of(layer - 1))
-            shapes = {"weight_ih": (4 * size, below), "bias_ih": (4 * size,), "bias_hh": (4 * size,)}
-            if not self.proj_size:
-                shapes["weight_hh"] = (4 * size, size // options.num_heads)
+            size, shapes = self._size_of(layer), self._shapes_of(layer)
             for option, parameters in PARAMETERS.items():
                 if getattr(options, option):
                     shapes |= {name: (times * size,) for name, times in parameters.items()}
             for name, shape in shapes.items():
                 old = getattr(self, f"{name}_{suffix}", None)
-                if (old is None and name.startswith("bias")) or (old is not None and old.shape == shape):
+                if old is not None and old.shape == shape:
                     continue
                 empty = torch.empty(shape, dtype=like.dtype, device=like.device)
                 setattr(self, f"{name}_{suffix}", nn.Parameter(empty))
                 changed = True
         return changed
+
+    def _shapes_of(self, layer: int) -> dict[str, tuple[int, ...]]:
+        """Of the parameters that torch.nn.LSTM has too, in its order."""
+        directions, size = 2 if self.bidirectional else 1, self._size_of(layer)
+        below = self.input_size if layer == 0 else directions * (self.proj_size or self._size_of(layer - 1))
+        shapes: dict[str, tuple[int, ...]] = {"weight_ih": (4 * size, below)}
+        shapes["weight_hh"] = (4 * size, self.proj_size or size // self.cell_options.num_heads)
+        if self.bias:
+            shapes |= {"bias_ih": (4 * size,), "bias_hh": (4 * size,)}
+        if self.proj_size:
+            shapes["weight_hr"] = (self.proj_size, size)
+        return shapes
+
+    def _remember_shapes(self) -> None:
+        directions = 2 if self.bidirectional else 1
+        layers = [layer for layer in range(self.num_layers) for _ in range(directions)]
+        self._shapes = [shape for layer in layers for shape in self._shapes_of(layer).values()]
 
     def _size_of(self, layer: int) -> int:
         return self.hidden_size if self.hidden_sizes is None else self.hidden_sizes[layer]
@@ -236,10 +254,21 @@ class LSTM(nn.RNNBase):
         # Asked for by name in every call: weights that parametrisations, functional_call or hooks put in the
         # place of the registered ones count too. torch's cached list silently keeps the old ones.
         weights = [getattr(self, name) for name in self._flat_weights_names]
+        # torch's own LSTM on the CPU crashes the process where one does not fit.
+        if self._shapes is not None and [w.shape for w in weights] != self._shapes:
+            self._refuse_shapes(weights, self._shapes)
         options = self._options()
         if self.hidden_sizes is not None:
             return functional.apply_sizes(input, hx, weights, options, self.hidden_sizes, lengths, extras)
         return functional.apply(input, hx, weights, options, lengths, extras)
+
+    def _refuse_shapes(self, weights: list[Tensor], shapes: list[tuple[int, ...]]) -> None:
+        for name, weight, shape in zip(self._flat_weights_names, weights, shapes, strict=True):
+            if weight.shape != shape:
+                raise ValueError(
+                    f"{name} of {self!r} must have shape {list(shape)}, got {list(weight.shape)}; what replaces a "
+                    "weight must fit the module"
+                )
 
     def _options(self) -> Options:
         return Options(
@@ -326,7 +355,8 @@ class LSTMCell(nn.LSTMCell):
     def forward(self, input: Tensor, hx: States | None = None) -> States:
         if not (functional.runs_kernels(input) or functional.transforms(input)):
             return super().forward(input, hx)
-        for name, value in (("input", input), *((f"hx[{k}]", state) for k, state in enumerate(hx or ()))):
+        given = () if hx is None else enumerate(hx)
+        for name, value in (("input", input), *((f"hx[{k}]", state) for k, state in given)):
             if value.dim() not in (1, 2):
                 raise ValueError(f"LSTMCell: Expected {name} to be 1D or 2D, got {value.dim()}D instead")
         batched = input.dim() == 2
@@ -369,6 +399,8 @@ def swap(model: Model) -> Model:
         drop_in = _DROP_INS.get(type(module))
         if drop_in is not None:
             cast(Any, module).__class__ = drop_in
+            if isinstance(module, LSTM):
+                module._remember_shapes()
         elif isinstance(module, tuple(_DROP_INS)) and not isinstance(module, LSTMCell):
             left.append(f"{name or 'the model itself'} ({type(module).__qualname__})")
     if left:

@@ -6,11 +6,12 @@
 
 The arguments are those of `variant_layer` (see `tritlstm.variant_ops`) without gate0 and recompute, and the parameters
 of `tritlstm.aten.Norm`: norm_ih and norm_hh [4H], norm_c and norm_c_bias [H], of any float dtype. What is saved besides
-gates and cells: products [T, B, 4 HX], the recurrent products normalised, as gates lie; statistics [T, B, 3] float32.
+gates and cells: products [T, B, 4 HX], the recurrent products normalised, as gates lie; statistics [T, B, 3], of cells'
+dtype: 1 / std of the products; mean and 1 / std of the cell before zoneout.
 
-The operator is for the Triton kernels: CUDA tensors of float16, bfloat16 and float32, and CPU tensors inside
-`tritlstm.emulator.emulate()`. Elsewhere, and for derivatives of a gradient and in forward mode, `layer` here is
-`tritlstm.aten.forward`, which autograd differentiates.
+The Triton kernels run it where they run and the planner has a place for all blocks of a step (`runs_kernels`), plain
+operators elsewhere. Derivatives of a gradient and forward mode are `tritlstm.aten.forward`, which autograd
+differentiates.
 """
 
 from __future__ import annotations
@@ -58,13 +59,20 @@ _normed_backward = torch.ops.tritlstm.normed_layer_backward.default
 
 def runs_kernels(x: Tensor, hidden: int) -> bool:
     """Whether a layer-normed layer of `hidden` units on `x` [T, B, D] runs in the Triton kernels."""
-    if not ops.runs_kernels(x) or x.size(1) == 0:
+    if not ops.launches(x):
         return False
-    if torch.compiler.is_compiling():
-        return True  # the planner can't be asked; where nothing fits, it says so when the operator runs
     from . import normed
 
     return normed.fits(x, hidden)
+
+
+def _engine(x: Tensor, hidden: int) -> tuple[Any, Any]:
+    """Forward and backward of what computes on `x`."""
+    if not runs_kernels(x, hidden):
+        return aten.normed_forward, aten.normed_backward
+    from . import normed
+
+    return normed.forward, normed.backward
 
 
 def layer(
@@ -81,10 +89,7 @@ def layer(
     cell: Cell,
     norm: aten.Norm,
 ) -> ops.Results:
-    """The layer-normed layer: by `torch.ops.tritlstm.normed_layer` where the kernels run, else in plain operators.
-
-    Inside `torch.func` transforms and in forward mode the plain operators run.
-    """
+    """`torch.ops.tritlstm.normed_layer`; inside `torch.func` transforms and in forward mode, plain operators."""
     if aten.autocasts(x.device.type):
         x, w_ih, w_hh, b_ih, b_hh, h0, cell = _cast(x.device.type, x, w_ih, w_hh, b_ih, b_hh, h0, cell)
     args = (x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse)
@@ -92,7 +97,7 @@ def layer(
         transformed = not torch.compiler.is_compiling() and (
             ops.forward_mode() or torch._C._are_functorch_transforms_active()
         )
-        if transformed or not runs_kernels(x, h0.size(1)):
+        if transformed:
             return _plain(args, save, cell, norm)
         results: tuple[Tensor, ...] = _normed(*args, save, *cell, *norm)
         out, h_n, c_n, gates, cells, _, _ = results
@@ -124,36 +129,29 @@ def _cell_and_norm(args: Sequence[Any]) -> tuple[Cell, aten.Norm]:
 
 def _forward(*args: Any) -> tuple[Tensor, ...]:
     _check(*args)
-    from . import normed
-
-    cell, norm = _cell_and_norm(args[_PLAIN:])
-    _need_kernels("normed_layer", args[0])
-    run: Any = normed.forward
-    out, h_n, c_n, *saved = run(*args[:_PLAIN], cell, norm)
+    run, _ = _engine(args[0], args[5].size(1))
+    out, h_n, c_n, *saved = run(*args[:_PLAIN], *_cell_and_norm(args[_PLAIN:]))
     return out, h_n, c_n.to(args[6].dtype), *saved
 
 
 def _backward(*args: Any) -> tuple[Tensor, ...]:
-    from . import normed
-
-    _need_kernels("normed_layer_backward", args[3])
-    run: Any = normed.backward
+    _, run = _engine(args[3], args[6].size(1))
     return run(*args[: -_CELL - 4], *_cell_and_norm(args[-_CELL - 4 :]))
 
 
-def _need_kernels(name: str, x: Tensor) -> None:
-    if not ops.runs_kernels(x) or x.size(1) == 0:
-        raise ValueError(
-            f"tritlstm {name}: runs in the Triton kernels alone, on a batch that is not empty, and got x "
-            f"{list(x.shape)} of {x.dtype} on {x.device}; tritlstm.LSTM(..., layer_norm=True) runs everywhere"
-        )
+def _plain_forward(*args: Any) -> tuple[Tensor, ...]:
+    """The layer in plain operators, which autograd differentiates in every mode."""
+    _check(*args)
+    run: Any = aten.normed_forward
+    out, h_n, c_n, *saved = run(*args[:_PLAIN], *_cell_and_norm(args[_PLAIN:]))
+    return out, h_n, c_n.to(args[6].dtype), *saved
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
     _check(*args)
     results = ops._forward_fake(*args[:_PLAIN])
     (steps, batch, _), save = args[0].shape, args[9]
-    statistics = args[0].new_empty((steps, batch, 3) if save else (0,), dtype=torch.float32)
+    statistics = results[4].new_empty((steps, batch, 3) if save else (0,))
     return *results, torch.empty_like(results[3]), statistics
 
 
@@ -183,7 +181,8 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved, following = ctx.saved_tensors[:_SAVED], iter(ctx.saved_tensors[_SAVED:])
+        tensors = ctx.saved_tensors  # once: checkpointing unpacks what is saved a single time
+        saved, following = tensors[:_SAVED], iter(tensors[_SAVED:])
         args = [next(following) if value is None else value[0] for value in ctx.rest]
         needed = ctx.needs_input_grad
         if torch.is_grad_enabled():
@@ -235,13 +234,10 @@ class _LayerBackward(torch.autograd.Function):
 
 
 def _forward_autograd(*args: Any) -> tuple[Tensor, ...]:
-    if ops.forward_mode():
-        raise NotImplementedError(
-            "tritlstm: torch.ops.tritlstm.normed_layer has no forward-mode derivative; tritlstm.LSTM(..., "
-            "layer_norm=True) has, in plain operators"
-        )
     recorded = ops._recorded(args)
     args = (*args[:9], args[9] or recorded, *args[_PLAIN:])
+    if ops.forward_mode():
+        return _plain_forward(*args)
     return _Layer.apply(*args) if recorded else ops._below_autograd(_normed, args)
 
 
