@@ -57,6 +57,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> Taken:
     monkeypatch.setattr(functional._VF, "lstm", record("torch", functional._VF.lstm), raising=False)
     monkeypatch.setattr(functional._VF, "lstm_cell", record("torch", functional._VF.lstm_cell), raising=False)
     monkeypatch.setattr(aten, "forward", record("aten", aten.forward))
+    monkeypatch.setattr(aten, "normed_forward", record("aten", aten.normed_forward))
     monkeypatch.setattr(cpu, "forward", record("aten", cpu.forward))
     return taken
 
