@@ -156,7 +156,7 @@ def test_the_cpu_runs_torch(dtype: torch.dtype, taken: Taken) -> None:
 @pytest.mark.parametrize("form", ["batch", "lengths", "packed"])
 @pytest.mark.parametrize("how", ["module", "autocast"])
 def test_16_bits_on_the_cpu_run_in_float32(how: str, form: str, steps: int, taken: Taken) -> None:
-    module = lstm(dtype=torch.bfloat16 if how == "module" else torch.float32)
+    module = lstm(dtype=torch.float16 if how == "module" else torch.float32)
     x, lengths = torch.randn(steps, 2, D, dtype=module.weight_hh_l0.dtype), [steps, steps - 1]
     given = pack_padded_sequence(x, lengths) if form == "packed" else x
     more = {"lengths": lengths} if form == "lengths" else {}
@@ -442,3 +442,15 @@ def test_other_modules_are_refused_with_the_remedy(module: nn.Module) -> None:
 def test_a_swapped_model_is_explained() -> None:
     model = tritlstm.swap(nn.Sequential(nn.LSTM(D, H)))
     assert tritlstm.explain(model[0], torch.randn(T, B, D)).path == "torch"
+
+
+def test_what_runs_together_under_autocast_is_planned_by_its_dtype(taken: Taken) -> None:
+    """Two layers of 40 units in bfloat16 fit 6 blocks of 48 KiB as a wavefront; in float32 they would not."""
+    module, x = tritlstm.LSTM(D, 40, num_layers=2), torch.randn(3, 2, D)
+    with emulator.emulate(sms=6, shared_bytes=48 << 10):
+        with torch.autocast("cpu", torch.bfloat16):
+            told = tritlstm.explain(module, x)
+            module(x)
+        assert "wavefront" in str(told)
+        assert [launch.constants["CHAINS"] for launch in taken.of("recurrent_forward")] == [2]
+        assert "wavefront" not in str(tritlstm.explain(module, x))

@@ -299,9 +299,14 @@ def runs_operators(x: Tensor) -> bool:
 
 
 def short_on_cpu(x: Tensor, packed: bool) -> bool:
-    """Whether this is 16-bit work on the CPU, where torch's own LSTM would round the cell state at every step."""
-    # Asked in every call. Under autocast torch computes packed data in float32 anyway, and returns them so.
-    if x.dtype not in _SHORT and (packed or not torch._C._is_any_autocast_enabled()):
+    """Whether this is 16-bit work on the CPU that runs in float32: under autocast, where torch's own LSTM would round
+    the cell state at every step; and of float16 modules, which is faster too. Not of bfloat16 modules, which oneDNN
+    multiplies in hardware."""
+    # Asked in every call.
+    if not torch._C._is_any_autocast_enabled():
+        return x.dtype == torch.float16 and x.is_cpu and not runs_kernels(x)
+    # Under autocast torch computes packed data in float32 anyway, and returns them so.
+    if packed and x.dtype not in _SHORT:
         return False
     return x.is_cpu and _dtype_of_results(x) in _SHORT and not runs_kernels(x)
 
@@ -498,6 +503,7 @@ def run_layers(
     """All layers and directions over x [T, B, D]; `rows` are the places in [T B] that dropout draws for."""
     _check_tensors(x, hx, weights)
     _check_steps(x.size(0))
+    x = x.to(_dtype_of_results(x))  # as autocast would in the operators: what runs together is planned by the dtype
     directions = 2 if options.bidirectional else 1
     each = 2 + 2 * options.bias + (options.proj_size > 0)
     states: list[States] = []
