@@ -109,7 +109,8 @@ BASE, MARK, STATUS = 0x1000, 0x9000, 0xA000
 
 
 def poll(memory: Memory, count: int = 2, lanes: int = 2, wanted: int = 1, last: int | None = None, limit: int = 1000,
-         first: dict[int, int] | None = None, apart: int = 4) -> list[list[list[int]]]:  # fmt: skip
+         first: dict[int, int] | None = None, apart: int = 4,
+         is_seen: int | None = None) -> list[list[list[int]]]:  # fmt: skip
     """Runs ``poll_program`` for ``lanes`` runs of ``count`` tiles 256 bytes apart; words by lane and tile."""
     memory.words.update({MARK: memory.words.get(MARK, 0), **{STATUS + 4 * n: 0 for n in range(4)}})
     registers: dict[str, np.ndarray] = {}
@@ -129,7 +130,10 @@ def poll(memory: Memory, count: int = 2, lanes: int = 2, wanted: int = 1, last: 
     give([np.full(lanes, STATUS, np.uint64)] * 4)
     give([np.full(lanes, 17, np.uint32)] * 4)
     give([np.full(lanes, limit, np.uint32)] * 4)
-    after = run(exchange.poll_program(count, 1, 256, last is not None), lanes, memory, **registers)
+    if is_seen is not None:
+        give([np.full(lanes, is_seen, np.uint32)] * 4)
+    program = exchange.poll_program(count, 1, 256, last is not None, is_seen is not None)
+    after = run(program, lanes, memory, **registers)
     return [
         [[int(after[f"${4 * tile + n}"][lane]) for n in range(4)] for tile in range(count)] for lane in range(lanes)
     ]
@@ -221,11 +225,27 @@ def test_a_masked_store_stores_nothing() -> None:
     assert memory.words == {}
 
 
+@pytest.mark.parametrize("last", [None, 1, 0], ids=["", "inside", "outside"])
+def test_words_of_another_tile_are_read_anew(last: int | None) -> None:
+    """What was seen counts only if it is this tile's; else the words are read, and zero where the tile ends."""
+    stale = dict.fromkeys(words(), 9)
+    expected = [[tile if last != 0 or n == 0 else [0] * 4 for n, tile in enumerate(lane)] for lane in EXPECTED]
+    assert poll(Memory(words()), first=stale, last=last, is_seen=0) == expected
+    assert poll(Memory(words()), first=stale, last=last, is_seen=1) == [[[9] * 4] * 2] * 2
+
+
+def test_words_of_another_tile_are_waited_for_as_well() -> None:
+    memory = Memory(words() | {BASE: POISON})
+    assert poll(memory, first=words(), is_seen=0, limit=64)[0][0][0] == POISON
+    assert memory.words[MARK] == 1
+
+
+@pytest.mark.parametrize("maybe", [False, True])
 @pytest.mark.parametrize("pack", [1, 2])
 @pytest.mark.parametrize("ragged", [False, True])
-def test_the_program_names_as_many_operands_as_its_constraints(pack: int, ragged: bool) -> None:
-    text = exchange.poll_program(3, pack, 512, ragged)
-    constraints = exchange.poll_constraints(3, pack).split(",")
+def test_the_program_names_as_many_operands_as_its_constraints(pack: int, ragged: bool, maybe: bool) -> None:
+    text = exchange.poll_program(3, pack, 512, ragged, maybe)
+    constraints = exchange.poll_constraints(3, pack, maybe).split(",")
     assert max(int(n) for n in re.findall(r"\$(\d+)", text)) < len(constraints)
     assert constraints.count("=&r") == 3 * 4 * pack
     # Words and pointers sit where the program looks for them.
