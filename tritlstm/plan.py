@@ -473,6 +473,9 @@ def _feasible(
     cells = block_h * block_b / threads
     if cells > _most_cells(problem, tier, block_b):
         return
+    without_wgmma = device.arch.startswith("sm_") and device.matrix_rows == 16
+    if problem.normed and without_wgmma and (stages > 1 or (tier == "persistent" and block_h > 16)):
+        return  # 8 to 48 bytes spill for sm_80
     few = 1 if tier == "streaming" and not forward else 2
     if stages > 1 and device.matrix_rows == 16 and cells > few:
         return  # without wgmma 8 to 104 bytes spill
