@@ -288,7 +288,7 @@ def _explicit(module: Any, call: _Call, input: Tensor | PackedSequence, ends: Te
         return False
     packed = isinstance(input, PackedSequence)
     if functional.short_on_cpu(cast(Any, input).data, packed):
-        with torch.autocast("cpu", enabled=False):  # what runs then is decided in float32
+        with aten.without_autocast("cpu"):  # what runs then is decided in float32
             return _explicit(module, call, cast(Any, input).to(torch.float32), ends)
     options = module._options()._replace(input_size=call.input_size, hidden_size=call.hidden)
     if isinstance(input, PackedSequence):

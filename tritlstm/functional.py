@@ -8,7 +8,6 @@ everywhere else.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -60,8 +59,8 @@ def lstm(
         bidirectional: every layer also walks from the end to the start, with weights of its own.
         batch_first: the input and the output are [B, T, ...]; the states keep their order.
         dropout: probability with which an element of a layer's output is zeroed on its way to the next layer.
-        training: whether dropout acts. On the CPU, without it, results and gradients in float32 and float64 are
-            torch.nn.LSTM's to the bit (16 bits are computed in float32 and rounded at the end);
+        training: whether dropout acts. On the CPU, without it, results and gradients are torch.nn.LSTM's to the bit
+            (not so under autocast and in float16, which are computed in float32 and rounded at the end);
             with it, and a gradient to come, the steps that `tritlstm.cpu` computes faster may differ in the last bits.
         lengths: [B] integers from 0 to T, a tensor on any device or a sequence of ints, in any order; None for T
             everywhere. Outputs at positions t >= lengths[b] are zero, the reverse direction starts at a
@@ -322,8 +321,7 @@ def _in_float32(
     """`run` with the states in float32 throughout; its results are rounded once."""
     _check_tensors(x, hx, weights)
     dtype = _dtype_of_results(x)
-    autocast = torch._C._is_any_autocast_enabled()
-    with torch.autocast("cpu", enabled=False) if autocast else contextlib.nullcontext():
+    with aten.without_autocast("cpu"):
         wide = [t.float() for t in (x, *hx, *weights)]
         out, h_n, c_n = run(wide[0], extents, (wide[1], wide[2]), wide[3:], options)
     return out.to(dtype), h_n.to(dtype), c_n.to(dtype)

@@ -30,9 +30,8 @@ class LSTM(nn.RNNBase):
     `torch.compile` compiles for training, in an export with a dynamic T, under `vmap` and in forward mode; and in
     training on the CPU where they are faster: packed data and batches with `lengths`, of 24 steps or more, and large
     weights for few rows (`tritlstm.cpu` has the rule). There the results, and what `eval()` computes, which is
-    always torch's own, may differ in the last bits. In 16 bits on the CPU, also under autocast, everything but variants
-    is computed in float32 and rounded at the end: the cell state, which torch.nn.LSTM rounds there at every step, is
-    float32 on every path.
+    always torch's own, may differ in the last bits. Under autocast on the CPU, and in float16 modules there, everything
+    but variants is computed in float32 and rounded at the end: torch.nn.LSTM rounds the cell state at every step.
 
     T time steps, B batch, D `input_size`, H `hidden_size`, R `proj_size` or else H, S 2 if `bidirectional`
     else 1.

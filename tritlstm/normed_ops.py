@@ -129,7 +129,10 @@ def _cell_and_norm(args: Sequence[Any]) -> tuple[Cell, aten.Norm]:
 
 def _forward(*args: Any) -> tuple[Tensor, ...]:
     _check(*args)
-    run, _ = _engine(args[0], args[5].size(1))
+    return _run_forward(_engine(args[0], args[5].size(1))[0], args)
+
+
+def _run_forward(run: Any, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
     out, h_n, c_n, *saved = run(*args[:_PLAIN], *_cell_and_norm(args[_PLAIN:]))
     return out, h_n, c_n.to(args[6].dtype), *saved
 
@@ -142,9 +145,7 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
 def _plain_forward(*args: Any) -> tuple[Tensor, ...]:
     """The layer in plain operators, which autograd differentiates in every mode."""
     _check(*args)
-    run: Any = aten.normed_forward
-    out, h_n, c_n, *saved = run(*args[:_PLAIN], *_cell_and_norm(args[_PLAIN:]))
-    return out, h_n, c_n.to(args[6].dtype), *saved
+    return _run_forward(aten.normed_forward, args)
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, ...]:

@@ -429,8 +429,12 @@ PROLOGUE_BYTES = 64 * 32 * 4
 def _wavefronts_spill(problem: _Problem) -> bool:
     """With Triton 3.6 and 3.9 those of multiply-adds on ordinary cores do, and with 3.9 those without wgmma: 8 to 336
     bytes, however few tiles are received at a time."""
-    without_wgmma = problem.device.arch.startswith("sm_") and problem.device.matrix_rows == 16
-    return not TUNED and (_scalar_products(problem) or (TRITON >= (3, 9) and without_wgmma))
+    return not TUNED and (_scalar_products(problem) or (TRITON >= (3, 9) and _without_wgmma(problem.device)))
+
+
+def _without_wgmma(device: Device) -> bool:
+    """Whether it is one of NVIDIA's that has neither wgmma nor tcgen05."""
+    return device.arch.startswith("sm_") and device.matrix_rows == 16
 
 
 def _most_cells(problem: _Problem, tier: str, block_b: int) -> float:
@@ -473,12 +477,11 @@ def _feasible(
     cells = block_h * block_b / threads
     if cells > _most_cells(problem, tier, block_b):
         return
-    without_wgmma = device.arch.startswith("sm_") and device.matrix_rows == 16
-    if problem.normed and without_wgmma and (stages > 1 or (tier == "persistent" and block_h > 16)):
-        return  # 8 to 48 bytes spill for sm_80
-    few = 1 if tier == "streaming" and not forward else 2
-    if stages > 1 and device.matrix_rows == 16 and cells > few:
-        return  # without wgmma 8 to 104 bytes spill
+    if _without_wgmma(device):
+        if problem.normed and (stages > 1 or (tier == "persistent" and block_h > 16)):
+            return  # 8 to 48 bytes spill for sm_80
+        if stages > 1 and cells > (1 if tier == "streaming" and not forward else 2):
+            return  # 8 to 104 bytes spill
     n_blocks = 1 if tier == "single" else -(-padded(hidden) // (block_h * parts)) * parts
     n_tiles = -(-problem.batch // block_b)
     if tier != "step" and n_blocks > sms:
@@ -545,8 +548,7 @@ def _feasible(
         chunks, resident, poll, num_warps, n_blocks, n_tiles, n_tiles, shared, problem.save, cost=_NO_COST,
         max_registers=_max_registers(device, not forward and tier != "single" and cells > 2),
         amd=device.arch.startswith("gfx"), hoist=_hoists(problem, tier),
-        chains=problem.chains, stacked=problem.stacked,
-        stages=stages,
+        chains=problem.chains, stacked=problem.stacked, stages=stages,
     )  # fmt: skip
     most = problem.chains if tier == "step" else min(problem.chains, sms // n_blocks)
     if problem.stacked and most < problem.chains:
@@ -641,9 +643,8 @@ def recurrent(
     ``protocol``, ``block_h``, ``block_b``, ``block_k``, ``num_warps``, backward ``parts``, ``at_once``, ``stages``, and
     after the choice ``resident``, ``poll``, ``n_groups``). ``chains``: so many recurrences side by side, which need
     nothing of each other (directions, heads of H units); only plans that hold w_hh on chip, and those of one step, know
-    them.
-    ``stacked``: they are layers instead, each of which reads the one before it, and all run at once. ``normed``: with
-    layer normalisation.
+    them. ``stacked``: they are layers instead, each of which reads the one before it, and all run at once. ``normed``:
+    with layer normalisation.
     Raises :class:`PlanError` if nothing fits.
     """
     fixed = dict(overrides or {})

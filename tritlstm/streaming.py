@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .variants import Resets, flags
+from .variants import Resets, resets_tensor
 
 __all__ = ["Chunks", "chunks"]
 
@@ -71,7 +71,7 @@ def chunks(
             "chunks go from a stream's start to its end, but the reverse direction begins at the stream's end, got a "
             "module with bidirectional=True; run it on the whole stream, or take one of one direction"
         )
-    return Chunks(module, stream, length, hx, None if resets is None else flags(resets, stream.device))
+    return Chunks(module, stream, length, hx, None if resets is None else resets_tensor(resets, stream.device))
 
 
 def _detached(state: Any) -> Any:

@@ -45,7 +45,7 @@ class Extras(NamedTuple):
         """With `resets` [T, B] for the input `x`, which has a batch by now."""
         if self.resets is None:
             return self
-        resets = flags(self.resets, x.device)
+        resets = resets_tensor(self.resets, x.device)
         expected = tuple(x.shape[:2]) if batched else (x.size(1 - batch_dim),)
         if resets.dtype != torch.bool or tuple(resets.shape) != expected:
             order = ("[B, T]" if batch_dim == 0 else "[T, B]") if batched else "[T]"
@@ -60,7 +60,7 @@ class Extras(NamedTuple):
         """For packed input of `steps` and `batch` with data `x`, in whose order before packing all here is."""
         if self.resets is None:
             return self
-        resets = flags(self.resets, x.device)
+        resets = resets_tensor(self.resets, x.device)
         if resets.dtype != torch.bool or resets.shape != (steps, batch):
             raise ValueError(
                 f"resets beside a PackedSequence must be [T, B] = {[steps, batch]} of torch.bool, in the order of the "
@@ -150,14 +150,14 @@ class Extras(NamedTuple):
         return torch.where(random_bits.bernoulli(words, p), 0.0, scale)
 
 
-def flags(resets: Resets, device: torch.device) -> Tensor:
+def resets_tensor(resets: Resets, device: torch.device) -> Tensor:
     if isinstance(resets, Tensor):
         return resets
     try:
-        flags = torch.as_tensor(resets, device=device)
+        made = torch.as_tensor(resets, device=device)
     except (TypeError, ValueError) as error:
         raise ValueError(f"resets must be a bool tensor or nested sequences of bools, got {resets!r}") from error
-    return flags if flags.numel() else flags.bool()
+    return made if made.numel() else made.bool()  # an empty list has no dtype
 
 
 def _heads(
