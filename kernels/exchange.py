@@ -36,6 +36,10 @@ STATUS_WORDS = tl.constexpr(4)
 TIMED_OUT = tl.constexpr(1)
 #: Slots that the turns of tagged words take one after another: README.md says why four are enough.
 TAGGED_SLOTS = tl.constexpr(4)
+#: Steps between `prepare` and the use of what it fetches: a fetch from memory takes less than one.
+DISTANCE = tl.constexpr(4)
+#: 32-bit words that L2 fetches together.
+SECTOR = tl.constexpr(8)
 #: Turns of a spin between two looks at whether another thread has given up: a power of two.
 PATIENCE = tl.constexpr(64)
 
@@ -79,6 +83,34 @@ def patience_program(mark, status, step, limit, end):
 
 
 @triton.constexpr_function
+def look_program(count, pack, stride, ragged):
+    """PTX of one thread's part of ``look``: reads its ``pack`` runs of 16 bytes of ``count`` tiles once.
+
+    Operands, in runs of 4 words: the words of all tiles; pointers to those of the first tile, the others lie ``stride``
+    bytes apart; whether the last tile's run exists (``ragged`` only; else zero is returned); and a word without use.
+    """
+    size = 4 * pack
+    lines = [".reg .pred exists;"]
+    for run in range(pack):
+        for tile in range(count):
+            to = ", ".join(f"${tile * size + run * 4 + n}" for n in range(4))
+            guard = ""
+            if ragged and tile == count - 1:
+                lines += [f"mov.b32 ${tile * size + run * 4 + n}, 0;" for n in range(4)]
+                lines.append(f"setp.ne.s32 exists, ${(count + 1) * size + run * 4}, 0;")
+                guard = "@exists "
+            at = f"[${count * size + run * 4}+{tile * stride}]"
+            lines.append(f"{guard}ld.relaxed.gpu.global.v4.b32 {{{to}}}, {at};")
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+@triton.constexpr_function
+def look_constraints(count, pack):
+    kinds = ["=&r"] * count + ["l", "r", "r"]
+    return ",".join(kind for kind in kinds for _ in range(4 * pack))
+
+
+@triton.constexpr_function
 def poll_program(count, pack, stride, ragged, maybe):
     """PTX of one thread's part of ``receive``: reads its ``pack`` runs of 16 bytes of ``count`` tiles until all came.
 
@@ -106,92 +138,122 @@ def poll_program(count, pack, stride, ragged, maybe):
         lines += [f"setp.ne.s32 more, value, {4 * n};", "@more trap;"]
     lines += [f"mov.b32 ${n}, ${count * size + n};" for n in range(count * size)]
     lines.append("mov.b32 turns, 0;")
+
+    def read(tile, run, guard=""):
+        to = ", ".join(word(tile, n, run) for n in range(4))
+        return f"{guard}ld.relaxed.gpu.global.v4.b32 {{{to}}}, [{pointer(run)}+{tile * stride}];"
+
+    runs = [(tile, run) for run in range(pack) for tile in range(count)]
     if maybe:
-        lines.append(f"setp.eq.s32 again, {given(count + 7)}, 0;")
-        lines += [f"@again mov.b32 ${n}, 0;" for n in range((count - 1) * size, count * size) if ragged]
-        lines.append("@again bra poll;")
-    lines.append("check:")
-    for run in range(pack):
-        # Two chains, so that the maxima overlap.
-        lines += [f"max.u32 one, {word(0, 0, run)}, {word(0, 1, run)};"]
-        lines += [f"max.u32 other, {word(0, 2, run)}, {word(0, 3, run)};"]
-        for tile in range(1, count):
-            for chain, n in (("one", 0), ("other", 2), ("one", 1), ("other", 3)):
-                lines.append(f"max.u32 {chain}, {chain}, {word(tile, n, run)};")
-        lines += [
-            "max.u32 one, one, other;",
-            f"setp.ne.s32 wait, {wanted(run)}, 0;",
-            f"setp.eq.and.s32 {'late' if run else 'again'}, one, -1, wait;",
-        ]
-        if run:
-            lines.append("or.pred again, again, late;")
-    lines += ["@!again bra done;", *patience_program(mark, status, step, limit, "done"), "poll:"]
-    for tile in range(count):
-        for run in range(pack):
-            guard = ""
+        lines += [f"setp.ne.s32 again, {given(count + 7)}, 0;", "@again bra poll;"]
+        for tile, run in runs:
             if ragged and tile == count - 1:
-                lines.append(f"setp.ne.s32 lasts, {last(run)}, 0;")
-                guard = "@lasts "
-            to = ", ".join(word(tile, n, run) for n in range(4))
-            lines.append(f"{guard}ld.relaxed.gpu.global.v4.b32 {{{to}}}, [{pointer(run)}+{tile * stride}];")
-    lines += ["bra check;", "done:"]
+                lines += [f"mov.b32 {word(tile, n, run)}, 0;" for n in range(4)]
+                lines += [f"setp.ne.s32 lasts, {last(run)}, 0;", read(tile, run, "@lasts ")]
+            else:
+                lines.append(read(tile, run))
+    lines.append("poll:")
+    for tile, run in runs:
+        # Only what is missing is read again: what has come would delay it, for this block and for the others. A run
+        # that does not exist is zero, so it is never missing.
+        a, b, c, d = (word(tile, n, run) for n in range(4))
+        late = "again" if (tile, run) == (0, 0) else "late"
+        lines += [
+            f"max.u32 one, {a}, {b};", f"max.u32 other, {c}, {d};", "max.u32 one, one, other;",
+            f"setp.ne.s32 wait, {wanted(run)}, 0;", f"setp.eq.and.s32 {late}, one, -1, wait;",
+            read(tile, run, f"@{late} "),
+        ]  # fmt: skip
+        if late == "late":
+            lines.append("or.pred again, again, late;")
+    lines += ["@!again bra done;", *patience_program(mark, status, step, limit, "done"), "done:"]
     return "{\n" + "\n".join(lines) + "\n}"
 
 
 @triton.constexpr_function
-def store_tagged_program():
-    """PTX of ``publish_tagged``: operands are a result of no meaning, pointer, predicate, value, tag."""
+def prefetch_program():
+    """PTX of ``prepare``: operands are a result of no meaning, pointer, predicate."""
     return (
-        "{\n.reg .pred stored;\n.reg .b64 word;\nsetp.ne.s32 stored, $2, 0;\nmov.b64 word, {$3, $4};\n"
-        "@stored st.relaxed.gpu.global.b64 [$1], word;\nmov.b32 $0, 0;\n}"
+        "{\n.reg .pred wanted;\nsetp.ne.s32 wanted, $2, 0;\n@wanted prefetch.global.L2 [$1];\nmov.b32 $0, 0;\n}"
     )
+
+
+@triton.constexpr_function
+def store_tagged_program(pack):
+    """PTX of ``publish_tagged`` for 1 or 2 words: operands, in runs of ``pack``, are results of no meaning, pointers,
+    predicates, values, tags. Two that are neighbours, as in the tile of a product, are stored at once."""
+    results = [f"mov.b32 ${n}, 0;" for n in range(pack)]
+    if pack == 1:
+        lines = [
+            ".reg .pred stored;", ".reg .b64 word;", "setp.ne.s32 stored, $2, 0;", "mov.b64 word, {$3, $4};",
+            "@stored st.relaxed.gpu.global.b64 [$1], word;", *results,
+        ]  # fmt: skip
+    else:
+        lines = [
+            ".reg .pred both, stored, later;", ".reg .b32 one, other;", ".reg .b64 word, next;",
+            "mov.b64 word, {$6, $8};", "mov.b64 next, {$7, $9};",
+            "cvt.u32.u64 one, $2;", "cvt.u32.u64 other, $3;", "sub.u32 other, other, one;", "and.b32 one, one, 15;",
+            "setp.eq.s32 both, other, 8;", "setp.eq.and.s32 both, one, 0, both;",
+            "setp.ne.s32 stored, $4, 0;", "setp.ne.s32 later, $5, 0;",
+            "setp.ne.and.s32 both, $4, 0, both;", "setp.ne.and.s32 both, $5, 0, both;",
+            "@both bra pair;",
+            "@stored st.relaxed.gpu.global.b64 [$2], word;", "@later st.relaxed.gpu.global.b64 [$3], next;",
+            "bra end;",
+            "pair:", "st.relaxed.gpu.global.v2.b64 [$2], {word, next};",
+            "end:", *results,
+        ]  # fmt: skip
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+@triton.constexpr_function
+def store_tagged_constraints(pack):
+    return ",".join(kind for kind in ("=r", "l", "r", "r", "r") for _ in range(pack))
 
 
 @triton.constexpr_function
 def poll_tagged_program(count, pack, stride):
     """PTX of one thread's part of ``receive_tagged``: reads its ``pack`` words of ``count`` tiles until all came.
 
-    Operands, in runs of ``pack``: the words of all tiles as they are at last, then as they were first read; pointers to
-    those of the first tile, the others lie ``stride`` bytes apart; then whether to wait, the tag, pointers to the mark
-    of a time-out and to the status record, the step, and the limit.
+    Operands, in runs of ``pack``: the words of all tiles; a word without use; pointers to the words of the first tile,
+    the others lie ``stride`` bytes apart; then whether to wait, the tag, pointers to the mark of a time-out and to the
+    status record, the step, and the limit.
     """
 
     def word(tile, n):
         return f"${tile * pack + n}"
 
     def given(which, n=0):
-        return f"${(2 * count + which) * pack + n}"
+        return f"${(count + 1 + which) * pack + n}"
+
+    def read(tile, n, guard=""):
+        return f"{guard}ld.relaxed.gpu.global.b64 {word(tile, n)}, [{given(0, n)}+{tile * stride}];"
 
     tag, mark, status, step, limit = (given(which) for which in range(2, 7))
+    words = [(tile, n) for n in range(pack) for tile in range(count)]
     lines = [".reg .pred again, more, late, wait;", ".reg .b32 turns, value, other;", ".reg .b64 lost;"]
-    lines += [f"mov.b64 ${n}, ${count * pack + n};" for n in range(count * pack)]
-    lines += ["mov.b32 turns, 0;", "check:"]
-    for n in range(pack):
-        lines.append(f"setp.ne.s32 wait, {given(1, n)}, 0;")
-        for tile in range(count):
-            first = n == tile == 0
-            lines.append(f"mov.b64 {{value, other}}, {word(tile, n)};")
-            lines.append(f"setp.ne.and.s32 {'again' if first else 'late'}, other, {tag}, wait;")
-            if not first:
-                lines.append("or.pred again, again, late;")
-    lines += ["@!again bra done;", *patience_program(mark, status, step, limit, "late_words"), "poll:"]
-    for tile in range(count):
+    lines += [read(tile, n) for tile, n in words]
+    lines += ["mov.b32 turns, 0;", "poll:"]
+    for tile, n in words:
+        # Only what is missing is read again, as in `poll_program`.
+        late = "again" if (tile, n) == (0, 0) else "late"
         lines += [
-            f"ld.relaxed.gpu.global.b64 {word(tile, n)}, [{given(0, n)}+{tile * stride}];" for n in range(pack)
-        ]
-    lines += ["bra check;", "late_words:", "mov.b64 lost, {0x7FC00000, 0};"]
-    for n in range(pack):
-        for tile in range(count):
-            lines.append(f"mov.b64 {{value, other}}, {word(tile, n)};")
-            lines.append(f"setp.ne.s32 late, other, {tag};")
-            lines.append(f"selp.b64 {word(tile, n)}, lost, {word(tile, n)}, late;")
+            f"setp.ne.s32 wait, {given(1, n)}, 0;", f"mov.b64 {{value, other}}, {word(tile, n)};",
+            f"setp.ne.and.s32 {late}, other, {tag}, wait;", read(tile, n, f"@{late} "),
+        ]  # fmt: skip
+        if late == "late":
+            lines.append("or.pred again, again, late;")
+    lines += ["@!again bra done;", *patience_program(mark, status, step, limit, "late_words")]
+    lines += ["late_words:", "mov.b64 lost, {0x7FC00000, 0};"]
+    for tile, n in words:
+        lines.append(f"mov.b64 {{value, other}}, {word(tile, n)};")
+        lines.append(f"setp.ne.s32 late, other, {tag};")
+        lines.append(f"selp.b64 {word(tile, n)}, lost, {word(tile, n)}, late;")
     lines.append("done:")
     return "{\n" + "\n".join(lines) + "\n}"
 
 
 @triton.constexpr_function
 def poll_tagged_constraints(count, pack):
-    kinds = ["=&l"] * count + ["l"] * count + ["l", "r", "r", "l", "l", "r", "r"]
+    kinds = ["=&l"] * count + ["l", "l", "r", "r", "l", "l", "r", "r"]
     return ",".join(kind for kind in kinds for _ in range(pack))
 
 
@@ -250,6 +312,18 @@ def publish(pointers, words, mask, AMD: tl.constexpr):
             store_program(COUNT), store_constraints(COUNT), (pointers, mask.to(tl.int32)) + words,
             dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
+
+
+@triton.jit
+def prepare(pointers, mask, PROTOCOL: tl.constexpr, AMD: tl.constexpr):
+    """Fetches into L2 what lies at ``pointers``, which will be published and polled some steps later.
+
+    Under ``FLAG`` every word was written once before the launch, and may have left for memory since.
+    """
+    if PROTOCOL == FLAG and not AMD:
+        tl.inline_asm_elementwise(
+            prefetch_program(), "=r,l,r", (pointers, mask.to(tl.int32)), dtype=tl.int32, is_pure=False, pack=1
+        )
 
 
 @triton.jit
@@ -333,10 +407,29 @@ def _as_values(words, dtype: tl.constexpr):
 
 
 @triton.jit
-def look(reads, inside, AMD: tl.constexpr):
+def _look(pointers, inside, SPAN: tl.constexpr, COUNT: tl.constexpr, WARPS: tl.constexpr, AMD: tl.constexpr):
+    """The words of ``COUNT`` tiles as they are now; of the last one zero where ``inside``, unless None, is false."""
+    if AMD:
+        words = _load_words(pointers, inside, SPAN, COUNT, AMD)
+    else:
+        # A load that never happens tells the compiler which words a thread should hold: runs of 16 bytes.
+        never = tl.load(pointers, mask=tl.broadcast_to(tl.program_id(0) < 0, pointers.shape), other=0)
+        pack: tl.constexpr = runs_a_thread(pointers.numel, WARPS)
+        exists = 1
+        if inside is not None:
+            exists = inside.to(tl.int32)
+        words = tl.inline_asm_elementwise(
+            look_program(COUNT, pack, 4 * SPAN, inside is not None), look_constraints(COUNT, pack),
+            (pointers, exists, never), dtype=int32s(COUNT), is_pure=False, pack=4 * pack,
+        )  # fmt: skip
+    return words
+
+
+@triton.jit
+def look(reads, inside, WARPS: tl.constexpr, AMD: tl.constexpr):
     """The words of one tile as they are now, zero where ``inside`` (as in :func:`receive`) is false: a tuple."""
     pointers = tl.expand_dims(reads, -1) + tl.arange(0, 4)
-    return _load_words(pointers, tl.broadcast_to(tl.expand_dims(inside, -1), pointers.shape), 0, 1, AMD)
+    return _look(pointers, tl.broadcast_to(tl.expand_dims(inside, -1), pointers.shape), 0, 1, WARPS, AMD)
 
 
 @triton.jit
@@ -362,7 +455,10 @@ def receive(
         words = seen
         is_seen = (tl.where(is_seen, 1, 0),)
     else:
-        words = _load_words(pointers, inside, SPAN, COUNT, AMD)
+        if PROTOCOL == FLAG:
+            words = _look(pointers, inside, SPAN, COUNT, WARPS, AMD)
+        else:
+            words = _load_words(pointers, inside, SPAN, COUNT, AMD)
         is_seen = ()
     if PROTOCOL == FLAG and not AMD:
         # Each thread waits for its own words: no vote, and no barrier but the one that the product needs.
@@ -394,24 +490,25 @@ def receive(
 
 
 @triton.jit
-def publish_tagged(pointers, values, tag, mask, AMD: tl.constexpr):
+def publish_tagged(pointers, values, tag, mask, AMD: tl.constexpr, WARPS: tl.constexpr):
     """Stores a tile of fp32 ``values`` with their ``tag`` to int64 ``pointers``."""
     bits = values.to(tl.int32, bitcast=True)
     if AMD:
         word = (bits.to(tl.int64) & 0xFFFFFFFF) | (tag.to(tl.int64) << 32)
         tl.store(pointers, word, mask=mask, cache_modifier=".wt")
     else:
+        pack: tl.constexpr = 2 if words_a_thread(pointers.numel, WARPS) > 1 else 1
         tl.inline_asm_elementwise(
-            store_tagged_program(), "=r,l,r,r,r", (pointers, mask.to(tl.int32), bits, tag),
-            dtype=tl.int32, is_pure=False, pack=1,
+            store_tagged_program(pack), store_tagged_constraints(pack), (pointers, mask.to(tl.int32), bits, tag),
+            dtype=tl.int32, is_pure=False, pack=pack,
         )  # fmt: skip
 
 
 @triton.jit
-def _load_tagged(pointers, SPAN: tl.constexpr, COUNT: tl.constexpr, AMD: tl.constexpr):
+def _load_tagged(pointers, SPAN: tl.constexpr, COUNT: tl.constexpr):
     words = ()
     for j in tl.static_range(COUNT):
-        words = words + (tl.load(pointers + j * SPAN, volatile=True, cache_modifier=".cv" if AMD else ""),)
+        words = words + (tl.load(pointers + j * SPAN, volatile=True, cache_modifier=".cv"),)
     return words
 
 
@@ -433,13 +530,13 @@ def receive_tagged(
     ``pointers`` are int64 ones to the first tile; a tile lies ``SPAN`` words after the one before. What is not
     ``wanted`` is not waited for, and may be anything.
     """
-    words = _load_tagged(pointers, SPAN, COUNT, AMD)
     if AMD:
+        words = _load_tagged(pointers, SPAN, COUNT)
         missing = _missing_tagged(words, wanted, tag, COUNT)
         spins = missing * 0
         gave_up = tl.load(mark, volatile=True)
         while (missing > 0) & (spins < spin_limit) & (gave_up == 0):
-            words = _load_tagged(pointers, SPAN, COUNT, AMD)
+            words = _load_tagged(pointers, SPAN, COUNT)
             missing = _missing_tagged(words, wanted, tag, COUNT)
             gave_up = tl.load(mark, volatile=True)
             spins += 1
@@ -447,10 +544,12 @@ def receive_tagged(
             tl.store(mark, 1)
             _report(status, step)
     else:
+        # As in `_look`.
+        never = tl.load(pointers, mask=tl.broadcast_to(tl.program_id(0) < 0, pointers.shape), other=0)
         pack: tl.constexpr = words_a_thread(pointers.numel, WARPS)
         words = tl.inline_asm_elementwise(
             poll_tagged_program(COUNT, pack, 8 * SPAN), poll_tagged_constraints(COUNT, pack),
-            words + (pointers, wanted.to(tl.int32), tag, mark, status, step, spin_limit),
+            (never, pointers, wanted.to(tl.int32), tag, mark, status, step, spin_limit),
             dtype=int64s(COUNT), is_pure=False, pack=pack,
         )  # fmt: skip
     tiles = ()

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from . import rounding
+
 
 @triton.jit(do_not_specialize=["rows", "B", "x_stride_t", "x_stride_b"])
 def gate_gemm(
@@ -49,6 +51,7 @@ def gate_gemm(
         w = tl.load(
             w_ptr + w_row.to(tl.int64)[None, :] * D + k[:, None], mask=known[None, :] & (k[:, None] < D), other=0.0
         )
+        x, w = rounding.operand(x, PRECISION), rounding.operand(w, PRECISION)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
     if b_ih_ptr is not None:
         acc += tl.load(b_ih_ptr + w_row, mask=known, other=0.0).to(tl.float32)[None, :]

@@ -54,7 +54,7 @@ def _of_row(values, known):
 @triton.jit
 def _share(
     first, second, turn, room, in_batch, HX: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr,
-    AMD: tl.constexpr,
+    AMD: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """Publishes two numbers a row, which every cell of it has, under ``turn``; returns where those of block 0 begin."""
     COUNT: tl.constexpr = blocks_of_units(HX, BLOCK_H)
@@ -63,8 +63,8 @@ def _share(
     block = tl.program_id(0)
     own = tl.broadcast_to(at + block * (2 * BLOCK_B), first.shape)
     mask = in_batch & (block < COUNT) & (layout.unit_of_cells(0, BLOCK_H) == 0)
-    exchange.publish_tagged(own, first, turn, mask, AMD)
-    exchange.publish_tagged(own + BLOCK_B, second, turn, mask, AMD)
+    exchange.publish_tagged(own, first, turn, mask, AMD, WARPS)
+    exchange.publish_tagged(own + BLOCK_B, second, turn, mask, AMD, WARPS)
     return at
 
 
@@ -112,7 +112,7 @@ def moments(
     if not SINGLE:
         COUNT: tl.constexpr = blocks_of_units(HX, BLOCK_H)
         TOGETHER: tl.constexpr = blocks_at_a_time(COUNT, BLOCK_B, WARPS)
-        at = _share(mean, deviation, turn, room, in_batch, HX, BLOCK_H, BLOCK_B, AMD)
+        at = _share(mean, deviation, turn, room, in_batch, HX, BLOCK_H, BLOCK_B, AMD, WARPS)
         # Place by place over the groups of blocks, then once across places: a reduction takes barriers.
         owned = tl.full((1, TOGETHER, 1), BLOCK_H, tl.float32)
         for begin in tl.static_range(0, COUNT, TOGETHER):
@@ -150,7 +150,7 @@ def means(
     if not SINGLE:
         COUNT: tl.constexpr = blocks_of_units(HX, BLOCK_H)
         TOGETHER: tl.constexpr = blocks_at_a_time(COUNT, BLOCK_B, WARPS)
-        at = _share(first, second, turn, room, in_batch, HX, BLOCK_H, BLOCK_B, AMD)
+        at = _share(first, second, turn, room, in_batch, HX, BLOCK_H, BLOCK_B, AMD, WARPS)
         for begin in tl.static_range(0, COUNT, TOGETHER):
             firsts, seconds = _take(
                 at, begin, turn, room, in_batch, step, spin_limit, HX, BLOCK_H, BLOCK_B, TOGETHER, AMD, WARPS

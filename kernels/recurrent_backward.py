@@ -3,13 +3,13 @@
 import triton
 import triton.language as tl
 
-from . import cell, exchange, layout, norm, random_bits
+from . import cell, exchange, layout, norm, random_bits, rounding
 
 
 @triton.jit
 def _weight_chunk(
     w_ptr, team_begin, column_begin, column_end,
-    H: tl.constexpr, HX: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+    H: tl.constexpr, HX: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Columns of ``w_hh`` of a team's units, its rows unit by unit: ``[ROWS, BLOCK_K]``, zero outside."""
     unit = team_begin + tl.arange(0, ROWS)[:, None]
@@ -17,15 +17,18 @@ def _weight_chunk(
     from_unit = column // 4
     row = (column % 4 * H + from_unit).to(tl.int64)
     inside = (column < column_end) & (from_unit < H) & (unit < HX)
-    return tl.load(w_ptr + row * HX + unit, mask=inside, other=0.0)
+    return rounding.operand(tl.load(w_ptr + row * HX + unit, mask=inside, other=0.0), PRECISION)
 
 
 @triton.jit
-def _single_weights(w_ptr, gate: tl.constexpr, H: tl.constexpr, HX: tl.constexpr, BLOCK_H: tl.constexpr):
+def _single_weights(
+    w_ptr, gate: tl.constexpr, H: tl.constexpr, HX: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr
+):
     unit = layout.unit_of_sum(tl.arange(0, BLOCK_H), BLOCK_H)[:, None]
     from_unit = tl.arange(0, BLOCK_H)[None, :]
     inside = (unit < HX) & (from_unit < H)
-    return tl.load(w_ptr + (gate * H + from_unit) * HX + unit, mask=inside, other=0.0)
+    w = tl.load(w_ptr + (gate * H + from_unit) * HX + unit, mask=inside, other=0.0)
+    return rounding.operand(w, PRECISION)
 
 
 @triton.jit
@@ -45,8 +48,7 @@ def _multiply(
     """``acc`` plus the products of ``weights[FIRST : FIRST + COUNT]`` with gate gradients from ``column_begin`` on.
 
     ``RAGGED``: the last of these chunks may reach beyond ``column_end``. ``seen``, ``is_seen``: of
-    :func:`exchange.receive`.
-    """
+    :func:`exchange.receive`. """
     WORD: tl.constexpr = 32 // dtype.primitive_bitwidth  # values in one
     reads, exist = _reads(later_words, column_begin, column_end, WORD, COUNT, BLOCK_K)
     inside = None
@@ -80,6 +82,26 @@ def _from_above(
         if PROTOCOL == exchange.COUNTER:
             tl.debug_barrier()  # as in the time loop
     return acc
+
+
+@triton.jit
+def _saved(
+    gates_ptr, cells_ptr, t, direction, exists, length, B, b_of_cell, unit_of_cell, stored, in_gates, ROW: tl.constexpr
+):
+    """What the forward pass saved for step ``t``, if it ``exists``: its gates, and the cell before it."""
+    row = t.to(tl.int64) * B + b_of_cell
+    at = tl.expand_dims(row * (4 * ROW) + unit_of_cell * 4, 3) + tl.arange(0, 4)[None, None, None, :]
+    gates = tl.load(gates_ptr + at, mask=in_gates & exists, other=0.0)
+    t_earlier = t + direction
+    continues = (t_earlier >= 0) & (t_earlier < length)
+    earlier_at = (t_earlier.to(tl.int64) * B + b_of_cell) * ROW + unit_of_cell
+    return gates, tl.load(cells_ptr + earlier_at, mask=stored & continues & exists, other=0.0)
+
+
+@triton.jit
+def _upstream(grad_out_ptr, t, stride_t, stride_b, b_of_cell, unit_of_cell, shown, H: tl.constexpr):
+    row = t.to(tl.int64) * stride_t + b_of_cell.to(tl.int64) * stride_b
+    return tl.load(grad_out_ptr + row * H + unit_of_cell, mask=shown, other=0.0)
 
 
 @triton.jit
@@ -217,11 +239,11 @@ def recurrent_backward(
     weights = ()
     if SINGLE:
         for n in tl.static_range(4):
-            weights = weights + (_single_weights(w_ptr, n, H, HX, BLOCK_H),)
+            weights = weights + (_single_weights(w_ptr, n, H, HX, BLOCK_H, PRECISION),)
     else:
         for j in tl.static_range(RESIDENT):
             k = depth_begin + j * BLOCK_K
-            weights = weights + (_weight_chunk(w_ptr, team_begin, k, depth_end, H, HX, ROWS, BLOCK_K),)
+            weights = weights + (_weight_chunk(w_ptr, team_begin, k, depth_end, H, HX, ROWS, BLOCK_K, PRECISION),)
             if (j + 1) % PROLOGUE == 0:
                 # Else the compiler issues the loads of all chunks at once and runs out of registers.
                 tl.debug_barrier()
@@ -231,7 +253,8 @@ def recurrent_backward(
         above_weights = ()
         for j in tl.static_range(RESIDENT):
             k = depth_begin + j * BLOCK_K
-            above_weights = above_weights + (_weight_chunk(above_ptr, team_begin, k, depth_end, H, HX, ROWS, BLOCK_K),)
+            above = _weight_chunk(above_ptr, team_begin, k, depth_end, H, HX, ROWS, BLOCK_K, PRECISION)
+            above_weights = above_weights + (above,)
             if (j + 1) % PROLOGUE == 0:
                 tl.debug_barrier()
 
@@ -292,22 +315,31 @@ def recurrent_backward(
         own_f = own_i
         own_g = own_i
         own_o = own_i
+        shown = inside
+        if STACKED:
+            shown = inside & (chain == CHAINS - 1)
+        first_t = t_begin + direction * step_begin
+        gates_ahead, c_ahead = _saved(
+            gates_ptr, cells_ptr, first_t, direction, step_begin < step_end, length, B, b_of_cell, unit_of_cell, stored,
+            in_gates, ROW,
+        )  # fmt: skip
+        if grad_out_ptr is not None:
+            upstream = _upstream(
+                grad_out_ptr, first_t, grad_out_stride_t, grad_out_stride_b, b_of_cell, unit_of_cell, shown, H
+            )
+        first_at = (first_t.to(tl.int64) * B + b_of_cell) * ROW + unit_of_cell
+        c = tl.load(cells_ptr + first_at, mask=stored, other=0.0)
         for step in tl.range(step_begin, step_end, disable_licm=STAY):
             t = t_begin + direction * step
             t_later = t - direction
             t_earlier = t + direction
             row = t.to(tl.int64) * B + b_of_cell
 
-            # Independent of the other blocks, and so ahead of the wait.
             at = tl.expand_dims(row * (4 * ROW) + unit_of_cell * 4, 3) + gate
-            gates = tl.load(gates_ptr + at, mask=in_gates, other=0.0)
-            c = tl.load(cells_ptr + row * ROW + unit_of_cell, mask=stored, other=0.0)
-            earlier_row = t_earlier.to(tl.int64) * B + b_of_cell
+            gates = gates_ahead
+            c_saved = c_ahead
             starts = (t_earlier < 0) | (t_earlier >= length)
-            c_earlier = tl.load(
-                cells_ptr + earlier_row * ROW + unit_of_cell, mask=stored & (starts == 0), other=0.0
-            )
-            c_earlier = tl.where(starts, c0, c_earlier)
+            c_earlier = tl.where(starts, c0, c_saved)
             if cuts_ptr is not None:
                 cut = tl.load(cuts_ptr + row, mask=in_batch, other=0) != 0
                 later_row = t_later.to(tl.int64) * B + b_of_cell
@@ -321,11 +353,6 @@ def recurrent_backward(
                 inverse_c = tl.load(statistics_at + 2, mask=in_batch, other=0.0)
             dh = tl.where(t == last, grad_h_n, 0.0)
             if grad_out_ptr is not None:
-                out_row = t.to(tl.int64) * grad_out_stride_t + b_of_cell.to(tl.int64) * grad_out_stride_b
-                shown = inside
-                if STACKED:
-                    shown = inside & (chain == CHAINS - 1)
-                upstream = tl.load(grad_out_ptr + out_row * H + unit_of_cell, mask=shown, other=0.0)
                 dh += upstream.to(tl.float32)
 
             if SINGLE:
@@ -333,7 +360,6 @@ def recurrent_backward(
                 acc = tl.dot(weights[1], layout.matrix(own_f, BLOCK_H, BLOCK_B), acc, input_precision=PRECISION)
                 acc = tl.dot(weights[2], layout.matrix(own_g, BLOCK_H, BLOCK_B), acc, input_precision=PRECISION)
                 acc = tl.dot(weights[3], layout.matrix(own_o, BLOCK_H, BLOCK_B), acc, input_precision=PRECISION)
-                from_later = layout.cells_of_sum(acc, BLOCK_H, BLOCK_B)
             else:
                 if STACKED:
                     from_above = tl.zeros((ROWS, BLOCK_B), tl.float32)
@@ -371,12 +397,13 @@ def recurrent_backward(
                 seen = None
                 if STAGES > 1 and PROTOCOL == exchange.FLAG:
                     reads, exist = _reads(later_words, depth_begin + RESIDENT * BLOCK_K, depth_end, WORD, 1, BLOCK_K)
-                    seen = exchange.look(reads, exist, AMD)
+                    seen = exchange.look(reads, exist, WARPS, AMD)
                 for chunk in tl.range(
                     RESIDENT, N_CHUNKS, num_stages=None if STAGES == 1 else STAGES, disable_licm=STAY
                 ):
                     k = depth_begin + chunk * BLOCK_K
-                    streamed = (_weight_chunk(w_ptr, team_begin, k, depth_end, H, HX, ROWS, BLOCK_K),)
+                    # As they are: to be rounded they would have to pass through registers.
+                    streamed = (_weight_chunk(w_ptr, team_begin, k, depth_end, H, HX, ROWS, BLOCK_K, "ieee"),)
                     acc = _multiply(
                         streamed, later_words, k, depth_end, waiting, counter_ptr, status_ptr, step, spin_limit, acc,
                         dtype, 0, 1, N_CHUNKS * BLOCK_K > DEPTH, BLOCK_K, PROTOCOL, AMD, WARPS, PRECISION,
@@ -385,6 +412,19 @@ def recurrent_backward(
                     if STAGES == 1:
                         # As above: the compiler would fetch many chunks ahead.
                         tl.debug_barrier()
+
+            # A step ahead, so that its latency hides behind the exchange.
+            more = step + 1 < step_end
+            gates_ahead, c_ahead = _saved(
+                gates_ptr, cells_ptr, t_earlier, direction, more, length, B, b_of_cell, unit_of_cell, stored, in_gates, ROW
+            )
+            if grad_out_ptr is not None:
+                upstream = _upstream(
+                    grad_out_ptr, t_earlier, grad_out_stride_t, grad_out_stride_b, b_of_cell, unit_of_cell, shown & more, H
+                )
+            if SINGLE:
+                from_later = layout.cells_of_sum(acc, BLOCK_H, BLOCK_B)
+            else:
                 if STACKED:
                     acc = tl.where(first_step, 0.0, acc) + from_above
                 if PARTS > 1:
@@ -393,7 +433,7 @@ def recurrent_backward(
                     if PROTOCOL == exchange.COUNTER:
                         acc = tl.where(alive > 0, acc, float("nan"))
                     sent = (team_begin + team_row < HX) & (tile * BLOCK_B + sequence < B)
-                    exchange.publish_tagged(send_at + slot, acc, turn, sent, AMD)
+                    exchange.publish_tagged(send_at + slot, acc, turn, sent, AMD, WARPS)
                     parts = exchange.receive_tagged(
                         take_at + slot, stored, turn, parts_mark, status_ptr, step, spin_limit, OWN, PARTS, AMD, WARPS,
                     )  # fmt: skip
@@ -480,7 +520,11 @@ def recurrent_backward(
                     own_g.to(tl.int32, bitcast=True), own_o.to(tl.int32, bitcast=True),
                 )  # fmt: skip
             exchange.publish(words_at, words, stored, AMD)
+            ahead = words_at + (direction * exchange.DISTANCE).to(tl.int64) * B * (4 * ROW // WORD)
+            begins = stored & (unit_of_cell * (4 // WORD) % exchange.SECTOR == 0)
+            exchange.prepare(ahead, begins & (step + exchange.DISTANCE < step_end), PROTOCOL, AMD)
             exchange.announce(counter, step, alive, PROTOCOL)
+            c = c_saved
 
         tl.store(grad_c_ptr + state, dc, mask=inside)
         if ZONEOUT_H > 0:

@@ -157,6 +157,9 @@ def _execute(state: _Lanes, instruction: Instruction, mask: np.ndarray, load: Lo
         halves = [state.read(name).astype(np.uint64) for name in _names(operands[1])]
         state.write(operands[0], halves[0] | halves[1] << np.uint64(32), mask)
         return
+    if kind[0] == "prefetch":
+        state.address(operands[0])
+        return
     sources = [state.read(operand) for operand in operands[1:]]
     state.write(operands[0], _value(opcode, kind, sources), mask)
 
