@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 from typing import Any
+
+import triton
+from triton import knobs
+from triton.runtime import driver
 
 #: The module of each kernel.
 KERNELS = {
@@ -23,9 +28,48 @@ KERNELS = {
 }
 
 
+#: Tritons in which the end of ``JITFunction.run`` was read, and is what :meth:`Launch._run_compiled` does.
+DIRECT = ((3, 6), (3, 7), (3, 8), (3, 9))
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+
+@functools.cache
 def kernel_function(name: str) -> Any:
     """The ``triton.jit`` function called ``name``."""
     return getattr(importlib.import_module(f"{__package__}.{KERNELS[name]}"), name)
+
+
+@functools.cache
+def _parameters(name: str) -> tuple[tuple[int, str, Any], ...]:
+    """Place, name and default of the parameters of a kernel that are no constants."""
+    parameters = [p for p in kernel_function(name).params if not p.is_constexpr]
+    return tuple((p.num, p.name, p.default if p.has_default else None) for p in parameters)
+
+
+@functools.cache
+def _launches_directly() -> bool:
+    # On AMD GPUs Triton also specializes on the size of a tensor.
+    return TRITON in DIRECT and driver.active.get_current_target().backend == "cuda"
+
+
+def _watched(kernel: str) -> bool:
+    """Whether something wants to see a launch, or to change how it is compiled: that is left to Triton."""
+    if kernel_function(kernel).pre_run_hooks:
+        return True
+    runtime = knobs.runtime
+    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
+        if hook is not None and getattr(hook, "calls", True):  # of a chain, which may be empty
+            return True
+    return bool(
+        runtime.add_stages_inspection_hook is not None or runtime.debug or knobs.compilation.instrumentation_mode
+    )
+
+
+class Compiled(dict[Any, Any]):
+    """Kernels that Triton compiled for the same constants and options, by all else that it compiles for."""
+
+    def __reduce__(self) -> Any:  # they stay in their process
+        return Compiled, ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +89,8 @@ class Launch:
     num_stages: int = 1
     cooperative: bool = False
     max_registers: int | None = None  # a thread, NVIDIA only
+    #: Kept by whoever launches the same constants and options again and again; without it, Triton looks up each launch.
+    compiled: Compiled | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
     def options(self) -> dict[str, int]:
@@ -56,7 +102,48 @@ class Launch:
 
     def run(self) -> None:
         """Launches on the current CUDA device and stream."""
+        if self.compiled is None or not _launches_directly() or _watched(self.kernel):
+            self._run_jit()
+        else:
+            self._run_compiled(self.compiled)
+
+    def _run_jit(self) -> Any:
         options: dict[str, Any] = dict(self.options)
         if self.cooperative:
             options["launch_cooperative_grid"] = True
-        kernel_function(self.kernel)[self.grid](**self.arguments, **self.constants, **options)
+        return kernel_function(self.kernel)[self.grid](**self.arguments, **self.constants, **options)
+
+    def _run_compiled(self, compiled: Compiled) -> None:
+        """As Triton launches, without its look-up by all arguments, which takes longer than a short kernel."""
+        constants = compiled.get(_CONSTANTS)
+        if constants is None:
+            parameters = kernel_function(self.kernel).params
+            constants = compiled[_CONSTANTS] = [self.constants.get(p.name, p.default) for p in parameters]
+        arguments, given = constants.copy(), self.arguments.get
+        device = driver.active.get_current_device()
+        key: list[Any] = [device]
+        for place, name, default in _parameters(self.kernel):
+            value = given(name, default)
+            if type(value) is int:
+                if not -0x80000000 <= value < 0x80000000:
+                    key.append(place)  # an argument of 64 bits
+            elif value is None:
+                key.append(None)
+            else:
+                pointer = value.data_ptr()
+                key += (value.dtype, pointer % 16 == 0)
+                # As a number it need not be looked up. Memory of the host may have another address on the device.
+                value = pointer if value.is_cuda else value
+            arguments[place] = value
+        found = compiled.get(tuple(key))
+        if found is None:
+            kernel = self._run_jit()
+            if kernel is not None:  # a hook may keep Triton from compiling
+                compiled[tuple(key)] = kernel
+            return
+        x, y, z = (*self.grid, 1, 1)[:3]
+        stream = driver.active.get_current_stream(device)
+        found.run(x, y, z, stream, found.function, found.packed_metadata, None, None, None, *arguments)
+
+
+_CONSTANTS = "constants"
