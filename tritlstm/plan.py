@@ -269,15 +269,9 @@ class RecurrentPlan:
     def _compiled(self) -> Compiled:
         return Compiled()
 
-    def with_cell(self, changed: tuple[tuple[str, Any], ...]) -> RecurrentPlan:
-        """This plan with those constexpr parameters of a variant; the same object each time."""
-        found = self._cells.get(changed)
-        if found is None:
-            found = self._cells[changed] = dataclasses.replace(self, cell=changed)
-        return found
-
     @functools.cached_property
-    def _cells(self) -> dict[tuple[tuple[str, Any], ...], RecurrentPlan]:
+    def cells(self) -> dict[Any, RecurrentPlan]:
+        """This plan for other cells, kept so that each is the same object in every call."""
         return {}
 
     def describe(self) -> str:

@@ -81,6 +81,8 @@ def stack(
     """`torch.ops.tritlstm.stack`, which also works inside torch.func's transforms and forward mode."""
     args = (x, w_ih, w_between, w_hh, b_ih, b_hh, h0, c0, lengths, save)
     compiling = torch.compiler.is_compiling()
+    if not compiling and ops.unseen(*args):
+        return ops.run_unseen(_forward, _RecordedStack, args, -1)
     if not compiling and (torch._C._are_functorch_transforms_active() or ops.forward_mode()):
         return _composed(*args)
     return _stack(*args)
@@ -195,10 +197,13 @@ class _Stack(torch.autograd.Function):
             return (*_differentiable(grads[:3], given, lengths, needed), None, None)
         x, w_ih, w_between, w_hh, _, _, h0, c0 = given
         needs = (*needed[:4], needed[4] or needed[5], *needed[6:_GIVEN])
-        saved = (hidden, gates, cells, needs)
-        results = _stack_backward(*grads[:3], x, w_ih, w_between, w_hh, h0, c0, lengths, *saved)
+        inputs = (*grads[:3], x, w_ih, w_between, w_hh, h0, c0, lengths, hidden, gates, cells)
+        results = ops.run_backward(_backward, _stack_backward, inputs, needs)
         *before, d_b, d_h0, d_c0 = (r if need else None for r, need in zip(results, needs, strict=True))
         return (*before, *ops.of_both_biases(d_b, *needed[4:6]), d_h0, d_c0, None, None)
+
+
+_RecordedStack = ops.recorder(_Stack, _forward)
 
 
 def _differentiable(
