@@ -538,6 +538,9 @@ def run_layers(
             outs.append(out)
             states.append((h, c))
         x = outs[0] if directions == 1 else torch.cat(outs, -1)
+    if len(states) == 1:
+        h, c = states[0]
+        return x, h.unsqueeze(0), c.unsqueeze(0)
     h_n, c_n = zip(*states, strict=True)
     return x, torch.stack(h_n), torch.stack(c_n)
 

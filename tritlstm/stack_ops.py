@@ -57,7 +57,7 @@ def next_layers(x: Tensor, layers: int, hidden: int, training: bool) -> int:
 
     A compiler that traces can't ask for a plan, which depends on the sizes: there, layers go one after another.
     """
-    if torch.compiler.is_compiling() or not ops.runs_kernels(x) or x.size(1) == 0:
+    if torch.compiler.is_compiling() or x.size(0) == 1 or not ops.runs_kernels(x) or x.size(1) == 0:
         return 1
     if torch._C._are_functorch_transforms_active() or ops.forward_mode():
         return 1
