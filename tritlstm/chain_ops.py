@@ -202,7 +202,7 @@ def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
 class _Chains(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        return ops._below_autograd(_chains, args)
+        return ops.below_autograd(_chains, args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -255,7 +255,7 @@ def _differentiable(
 class _ChainsBackward(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        return ops._below_autograd(_chains_backward, args)
+        return ops.below_autograd(_chains_backward, args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -274,12 +274,12 @@ def _forward_autograd(*args: Any) -> tuple[Tensor, ...]:
         return _composed(*args)
     recorded = ops._recorded(args)
     args = (*args[:-1], args[-1] or recorded)
-    return _Chains.apply(*args) if recorded else ops._below_autograd(_chains, args)
+    return _Chains.apply(*args) if recorded else ops.below_autograd(_chains, args)
 
 
 def _backward_autograd(*args: Any) -> tuple[Tensor, ...]:
     apply = ops._recorded(args) or ops.forward_mode()
-    return _ChainsBackward.apply(*args) if apply else ops._below_autograd(_chains_backward, args)
+    return _ChainsBackward.apply(*args) if apply else ops.below_autograd(_chains_backward, args)
 
 
 def _forward_autocast(x: Tensor, *args: Any) -> Results:

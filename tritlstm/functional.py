@@ -538,11 +538,17 @@ def run_layers(
             outs.append(out)
             states.append((h, c))
         x = outs[0] if directions == 1 else torch.cat(outs, -1)
-    if len(states) == 1:
-        h, c = states[0]
-        return x, h.unsqueeze(0), c.unsqueeze(0)
     h_n, c_n = zip(*states, strict=True)
-    return x, torch.stack(h_n), torch.stack(c_n)
+    return x, _joined(h_n), _joined(c_n)
+
+
+def _joined(states: tuple[Tensor, ...]) -> Tensor:
+    """A new dimension of all, which nobody else uses; a single one is not copied, nor made a view, which has limits."""
+    if len(states) == 1 and not torch.compiler.is_compiling():
+        (state,) = states
+        if not state.requires_grad and ops.unseen(state):
+            return state.unsqueeze_(0)
+    return torch.stack(states)
 
 
 def _dropout(x: Tensor, p: float, rows: Tensor | None) -> Tensor:

@@ -132,7 +132,7 @@ def _records(excluded: int) -> bool:
 def run_unseen(compute: Any, function: Any, args: tuple[Any, ...], save: int) -> Any:
     """What an operator of `unseen` arguments returns. `save` is the place of that flag in `args`."""
     if not _recorded(args):
-        return _below_autograd(compute, args)
+        return below_autograd(compute, args)
     given = list(args)
     given[save] = True
     return function.apply(*given)
@@ -142,7 +142,7 @@ def recorder(function: Any, compute: Any) -> Any:
     """`function` without `setup_context`, which torch.func needs and which binds all arguments anew in every call."""
 
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        output = _below_autograd(compute, args)
+        output = below_autograd(compute, args)
         function.setup_context(ctx, args, output)
         return output
 
@@ -259,7 +259,7 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        return _below_autograd(_layer, args)
+        return below_autograd(_layer, args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -296,14 +296,14 @@ _RecordedLayer = recorder(_Layer, _forward)
 def run_backward(compute: Any, op: Any, given: tuple[Any, ...], needs: Sequence[bool]) -> tuple[Tensor, ...]:
     """A backward operator with grad mode off, or what it computes."""
     if not torch.compiler.is_compiling() and unseen(*given):
-        return _below_autograd(compute, (*given, needs))
+        return below_autograd(compute, (*given, needs))
     return op(*given, needs)
 
 
 class _LayerBackward(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        return _below_autograd(_layer_backward, args)
+        return below_autograd(_layer_backward, args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -326,7 +326,7 @@ class _Gradient(torch.autograd.Function):
     def forward(*args: Any) -> tuple[Tensor, ...]:
         grads, needs = args[:3], args[-1]
         x, w_ih, w_hh, _, _, h0, c0, lengths, reverse, _, _, *saved = args[3:-1]
-        return _below_autograd(_layer_backward, (*grads, x, w_ih, w_hh, h0, c0, lengths, *saved, reverse, needs))
+        return below_autograd(_layer_backward, (*grads, x, w_ih, w_hh, h0, c0, lengths, *saved, reverse, needs))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -370,7 +370,7 @@ def of_both_biases(grad_b: Tensor | None, need_ih: bool, need_hh: bool) -> tuple
     return grad_b if need_ih else None, (grad_b.clone() if need_ih else grad_b) if need_hh else None
 
 
-def _below_autograd(op: Any, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+def below_autograd(op: Any, args: tuple[Any, ...]) -> Any:
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
 
@@ -402,12 +402,12 @@ def _forward_autograd(
     args = (*tensors, reverse, save or recorded, gate0)
     if forward_mode():
         return _plain_forward(*args)
-    return _Layer.apply(*args) if recorded else _below_autograd(_layer, args)
+    return _Layer.apply(*args) if recorded else below_autograd(_layer, args)
 
 
 def _backward_autograd(*args: Any) -> tuple[Tensor, ...]:
     apply = _recorded(args) or forward_mode()
-    return _LayerBackward.apply(*args) if apply else _below_autograd(_layer_backward, args)
+    return _LayerBackward.apply(*args) if apply else below_autograd(_layer_backward, args)
 
 
 def _forward_autocast(

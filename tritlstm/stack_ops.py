@@ -179,7 +179,7 @@ def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
 class _Stack(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        return ops._below_autograd(_stack, args)
+        return ops.below_autograd(_stack, args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -226,7 +226,7 @@ def _differentiable(
 class _StackBackward(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        return ops._below_autograd(_stack_backward, args)
+        return ops.below_autograd(_stack_backward, args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -245,12 +245,12 @@ def _forward_autograd(*args: Any) -> tuple[Tensor, ...]:
         return _composed(*args)
     recorded = ops._recorded(args)
     args = (*args[:-1], args[-1] or recorded)
-    return _Stack.apply(*args) if recorded else ops._below_autograd(_stack, args)
+    return _Stack.apply(*args) if recorded else ops.below_autograd(_stack, args)
 
 
 def _backward_autograd(*args: Any) -> tuple[Tensor, ...]:
     apply = ops._recorded(args) or ops.forward_mode()
-    return _StackBackward.apply(*args) if apply else ops._below_autograd(_stack_backward, args)
+    return _StackBackward.apply(*args) if apply else ops.below_autograd(_stack_backward, args)
 
 
 def _forward_autocast(*args: Any) -> Results:
