@@ -100,6 +100,10 @@ class Launch:
             options["maxnreg"] = self.max_registers
         return options
 
+    @property
+    def _choices(self) -> tuple[Any, ...]:
+        return self.kernel, self.num_warps, self.num_stages, self.cooperative, self.max_registers
+
     def run(self) -> None:
         """Launches on the current CUDA device and stream."""
         if self.compiled is None or not _launches_directly() or _watched(self.kernel):
@@ -115,11 +119,16 @@ class Launch:
 
     def _run_compiled(self, compiled: Compiled) -> None:
         """As Triton launches, without its look-up by all arguments, which takes longer than a short kernel."""
-        constants = compiled.get(_CONSTANTS)
-        if constants is None:
+        known = compiled.get(_OWNER)
+        if known is None:
             parameters = kernel_function(self.kernel).params
-            constants = compiled[_CONSTANTS] = [self.constants.get(p.name, p.default) for p in parameters]
-        arguments, given = constants.copy(), self.arguments.get
+            defaults = [self.constants.get(p.name, p.default) for p in parameters]
+            known = compiled[_OWNER] = (self.constants, self._choices, defaults)
+        constants, choices, defaults = known
+        if constants is not self.constants or choices != self._choices:  # a changed copy of a launch
+            self._run_jit()
+            return
+        arguments, given = defaults.copy(), self.arguments.get
         device = driver.active.get_current_device()
         key: list[Any] = [device]
         for place, name, default in _parameters(self.kernel):
@@ -146,4 +155,4 @@ class Launch:
         found.run(x, y, z, stream, found.function, found.packed_metadata, None, None, None, *arguments)
 
 
-_CONSTANTS = "constants"
+_OWNER = "owner"

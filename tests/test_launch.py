@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import weakref
 from collections.abc import Iterator
@@ -229,6 +230,19 @@ def test_a_compiler_that_a_hook_keeps_from_compiling(triton: SimpleNamespace) ->
     for _ in range(2):
         made().run()
     assert len(triton.jit.calls) == 2
+
+
+def test_a_changed_copy_of_a_launch_is_not_taken_for_it(triton: SimpleNamespace) -> None:
+    launch = made()
+    launch.run()
+    other = dataclasses.replace(launch, constants={**launch.constants, "WARPS": 2})
+    for changed in (other, dataclasses.replace(launch, num_warps=2), dataclasses.replace(launch, cooperative=False)):
+        for _ in range(2):
+            changed.run()
+    assert len(triton.jit.calls) == 7
+    launch.run()
+    assert len(triton.jit.calls) == 7
+    assert len(triton.jit.kernels[0].runs) == 1
 
 
 def test_no_tensor_is_kept(triton: SimpleNamespace) -> None:
