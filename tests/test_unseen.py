@@ -11,7 +11,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tritlstm import chain_ops, functional, ops, stack_ops
+import tritlstm
+from tritlstm import chain_ops, emulator, functional, ops, stack_ops
 
 T, B, D, H = 3, 2, 4, 5
 
@@ -183,3 +184,26 @@ def test_states_of_one_layer_are_no_views() -> None:
     grown = torch.randn(B, H, requires_grad=True) * 2
     assert functional._joined((grown,)).shape == (1, B, H)
     assert grown.shape == (B, H)
+
+
+@pytest.mark.parametrize("tier", [None, "step"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(("steps", "layers", "bias"), [(1, 1, True), (1, 2, True), (3, 1, False), (3, 2, True)])
+def test_inference_on_the_kernels_is_the_same_without_operators(
+    steps: int, layers: int, bias: bool, dtype: torch.dtype, tier: str | None
+) -> None:
+    module = tritlstm.LSTM(D, H, layers, bias=bias, dtype=dtype)
+    x = torch.randn(steps, B, D).to(dtype)
+    hx = (torch.randn(layers, B, H).to(dtype), torch.randn(layers, B, H).to(dtype))
+    lengths = torch.tensor([steps, steps - 1])
+    overrides = {} if tier is None or steps == 1 else {"tier": tier}
+    with emulator.emulate(**overrides), torch.no_grad():
+        for given in (None, lengths):
+            out, states = module(x, hx, lengths=given)
+            with Functions() as mode:
+                expected, expected_states = module(x, hx, lengths=given)
+            assert OPERATORS["layer"] in mode.seen or OPERATORS["stack"] in mode.seen
+            for a, b in zip((out, *states), (expected, *expected_states), strict=True):
+                assert torch.equal(a, b)
+                assert a.dtype == dtype
+                assert not a._is_view()

@@ -7,6 +7,7 @@ Arguments are trusted: :mod:`tritlstm.functional` validates them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -97,8 +98,16 @@ def _exchange_buffer(shape: tuple[int, ...], like: Tensor, protocol: str) -> Ten
     return buffer
 
 
+@functools.lru_cache(maxsize=64)
+def _untouched(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """For a pointer of a kernel that it neither reads nor writes through."""
+    return torch.empty(1, dtype=dtype, device=device)
+
+
 def _counters(layout: plan.RecurrentPlan, device: torch.device) -> Tensor:
     many = layout.protocol == "counter" or layout.chains > 1
+    if layout.protocol == "none" and not many:
+        return _untouched(torch.int32, device)
     words = layout.n_tiles * exchange.COUNTER_STRIDE.value if many else 1
     # Who exchanges nothing reads none; to zero them would be a launch.
     make = torch.empty if layout.protocol == "none" else torch.zeros
@@ -134,12 +143,15 @@ def forward(
     cell: Cell = PLAIN,
     recompute: bool = False,
     norm: Any = None,
+    states: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Forward of one layer and direction.
 
     ``x`` [T, B, D], ``w_ih`` [4H, D], ``w_hh`` [4H, H], biases [4H], ``h0`` and ``c0`` [B, H], ``lengths``
     int32 [B], ``gate0`` [B, 4H] added to the pre-activations of each sequence's first step. All of one dtype.
-    ``cell`` is how the cell differs from the plain one; ``norm`` is a :class:`tritlstm.normed.Normed`.
+    ``cell`` is how the cell differs from the plain one; ``norm`` is a :class:`tritlstm.normed.Normed`. ``states`` are
+    tensors for ``h_n`` and ``c_n`` of a plain layer of which nothing is saved; what it then returns for ``gates`` and
+    ``cells`` means nothing.
 
     Returns ``out`` [T, B, H], ``h_n`` and ``c_n`` [B, H] and, if ``save``, what :func:`backward` needs:
     ``gates`` [T, B, 4 HX], the four of a unit side by side (empty with ``recompute``), and ``cells`` [T, B, HX] in fp32
@@ -167,11 +179,17 @@ def forward(
     place = x.device
     buffer = _exchange_buffer((length, batch, width), x, layout.protocol)
     out = torch.empty((length, batch, hidden), dtype=x.dtype, device=place) if separate else buffer
-    cells = torch.empty((length, batch, width) if save else (0,), dtype=torch.float32, device=place)
-    h_n = torch.empty((batch, hidden), dtype=x.dtype, device=place)
     steps = _steps(layout, length)
     # Between the launches of the step tier the cell state keeps fp32.
-    c_n = torch.empty((batch, hidden), dtype=c0.dtype if len(steps) == 1 else torch.float32, device=place)
+    c_dtype = c0.dtype if len(steps) == 1 else torch.float32
+    if states is None:
+        cells = torch.empty((length, batch, width) if save else (0,), dtype=torch.float32, device=place)
+        h_n = torch.empty((batch, hidden), dtype=x.dtype, device=place)
+        c_n = torch.empty((batch, hidden), dtype=c_dtype, device=place)
+    else:
+        cells, (h_n, c_n) = _untouched(torch.float32, place), states
+        if c_n.dtype != c_dtype:
+            c_n = torch.empty((batch, hidden), dtype=c_dtype, device=place)
     flag = status.of(place)
     arguments = {
         "gates_ptr": gates,
@@ -198,6 +216,8 @@ def forward(
     for begin, end in steps:
         _run(layout.launch({**arguments, "step_begin": begin, "step_end": end}))
     status.check(flag)
+    if states is not None:
+        return out, h_n, c_n if c_n is states[1] else states[1].copy_(c_n), gates, cells
     return out, h_n, c_n.to(c0.dtype), gates if save and not recompute else x.new_empty(0), cells
 
 
