@@ -40,13 +40,6 @@ def kernel_function(name: str) -> Any:
 
 
 @functools.cache
-def _parameters(name: str) -> tuple[tuple[int, str, Any], ...]:
-    """Place, name and default of the parameters of a kernel that are no constants."""
-    parameters = [p for p in kernel_function(name).params if not p.is_constexpr]
-    return tuple((p.num, p.name, p.default if p.has_default else None) for p in parameters)
-
-
-@functools.cache
 def _launches_directly() -> bool:
     # On AMD GPUs Triton also specializes on the size of a tensor.
     return TRITON in DIRECT and driver.active.get_current_target().backend == "cuda"
@@ -66,7 +59,7 @@ def _watched(kernel: str) -> bool:
 
 
 class Compiled(dict[Any, Any]):
-    """Kernels that Triton compiled for the same constants and options, by all else that it compiles for."""
+    """Kernels that Triton compiled for the same constants and options, by the names of the arguments and by all else."""
 
     def __reduce__(self) -> Any:  # they stay in their process
         return Compiled, ()
@@ -119,40 +112,45 @@ class Launch:
 
     def _run_compiled(self, compiled: Compiled) -> None:
         """As Triton launches, without its look-up by all arguments, which takes longer than a short kernel."""
-        known = compiled.get(_OWNER)
-        if known is None:
+        names = tuple(self.arguments)
+        found = compiled.get(names)
+        if found is None:
             parameters = kernel_function(self.kernel).params
+            places = {p.name: p.num for p in parameters if not p.is_constexpr}
             defaults = [self.constants.get(p.name, p.default) for p in parameters]
-            known = compiled[_OWNER] = (self.constants, self._choices, defaults)
-        constants, choices, defaults = known
+            known = [places.get(name) for name in names]
+            if None in known:
+                self._run_jit()  # says which one it does not know
+                return
+            found = compiled[names] = (self.constants, self._choices, defaults, known, {})
+        constants, choices, defaults, known, kernels = found
         if constants is not self.constants or choices != self._choices:  # a changed copy of a launch
             self._run_jit()
             return
-        arguments, given = defaults.copy(), self.arguments.get
+        values, unaligned, wide = defaults.copy(), 0, 0
         device = driver.active.get_current_device()
         key: list[Any] = [device]
-        for place, name, default in _parameters(self.kernel):
-            value = given(name, default)
+        for place, value in zip(known, self.arguments.values(), strict=True):
             if type(value) is int:
                 if not -0x80000000 <= value < 0x80000000:
-                    key.append(place)  # an argument of 64 bits
+                    wide |= 1 << place  # an argument of 64 bits
             elif value is None:
                 key.append(None)
             else:
                 pointer = value.data_ptr()
-                key += (value.dtype, pointer % 16 == 0)
+                if pointer & 15:
+                    unaligned |= 1 << place
+                key.append(value.dtype)
                 # As a number it need not be looked up. Memory of the host may have another address on the device.
                 value = pointer if value.is_cuda else value
-            arguments[place] = value
-        found = compiled.get(tuple(key))
-        if found is None:
+            values[place] = value
+        key += (unaligned, wide)
+        kernel = kernels.get(tuple(key))
+        if kernel is None:
             kernel = self._run_jit()
             if kernel is not None:  # a hook may keep Triton from compiling
-                compiled[tuple(key)] = kernel
+                kernels[tuple(key)] = kernel
             return
         x, y, z = (*self.grid, 1, 1)[:3]
         stream = driver.active.get_current_stream(device)
-        found.run(x, y, z, stream, found.function, found.packed_metadata, None, None, None, *arguments)
-
-
-_OWNER = "owner"
+        kernel.run(x, y, z, stream, kernel.function, kernel.packed_metadata, None, None, None, *values)

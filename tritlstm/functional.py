@@ -1,9 +1,9 @@
 """The functional LSTM: layers, directions, dropout, projection, packing and states around one operator.
 
 `lstm` is the public form; `apply` is what it and `tritlstm.LSTM` share. Data take one straight walk: unpack
-or unsqueeze, check, run, undo. "Run" is `torch.ops.tritlstm.layer` once per layer and direction where the
-Triton kernels run (`runs_kernels`) and where a training step on the CPU is faster so, and torch's own fast LSTM
-everywhere else.
+or unsqueeze, check, run, undo. "Run" is `torch.ops.tritlstm.layer` (or, where nobody would see it, what it computes)
+once per layer and direction where the Triton kernels run (`runs_kernels`) and where a training step on the CPU is
+faster so, and torch's own fast LSTM everywhere else.
 """
 
 from __future__ import annotations
