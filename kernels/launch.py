@@ -59,7 +59,7 @@ def _watched(kernel: str) -> bool:
 
 
 class Compiled(dict[Any, Any]):
-    """Kernels that Triton compiled for the same constants and options, by the names of the arguments and by all else."""
+    """Kernels that Triton compiled for the same constants and options, by all else that it compiles for."""
 
     def __reduce__(self) -> Any:  # they stay in their process
         return Compiled, ()
@@ -122,7 +122,8 @@ class Launch:
             if None in known:
                 self._run_jit()  # says which one it does not know
                 return
-            found = compiled[names] = (self.constants, self._choices, defaults, known, {})
+            own: dict[Any, Any] = {}
+            found = compiled[names] = (self.constants, self._choices, defaults, known, own)
         constants, choices, defaults, known, kernels = found
         if constants is not self.constants or choices != self._choices:  # a changed copy of a launch
             self._run_jit()
