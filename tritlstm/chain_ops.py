@@ -82,6 +82,8 @@ def chains(
     """`torch.ops.tritlstm.chains`, which also works inside torch.func's transforms and forward mode."""
     args = (x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reversed)
     compiling = torch.compiler.is_compiling()
+    if not compiling and ops.unseen(*args):
+        return ops.run_unseen(_forward, _RecordedChains, (*args, save), -1)
     if not compiling and (torch._C._are_functorch_transforms_active() or ops.forward_mode()):
         return _composed(*args, save)
     return _chains(*args, save)
@@ -200,7 +202,7 @@ def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
 class _Chains(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        return ops._below_autograd(_chains, args)
+        return ops.below_autograd(_chains, args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -218,12 +220,14 @@ class _Chains(torch.autograd.Function):
             given = (x, w_ih, w_hh, b_ih, b_hh, h0, c0)
             return (*_differentiable(grads[:3], given, lengths, ctx.reversed, needed), None, None, None)
         needs = (*needed[:3], needed[3] or needed[4], *needed[5:7])
-        results = _chains_backward(
-            *grads[:3], x, w_ih, w_hh, h0, c0, lengths, out, gates, cells, ctx.reversed, needs
-        )
+        inputs = (*grads[:3], x, w_ih, w_hh, h0, c0, lengths, out, gates, cells, ctx.reversed)
+        results = ops.run_backward(_backward, _chains_backward, inputs, needs)
         d_x, d_w_ih, d_w_hh, d_b, d_h0, d_c0 = (r if need else None for r, need in zip(results, needs, strict=True))
         d_biases = ops.of_both_biases(d_b, *needed[3:5])
         return d_x, d_w_ih, d_w_hh, *d_biases, d_h0, d_c0, None, None, None
+
+
+_RecordedChains = ops.recorder(_Chains, _forward)
 
 
 def _differentiable(
@@ -251,7 +255,7 @@ def _differentiable(
 class _ChainsBackward(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        return ops._below_autograd(_chains_backward, args)
+        return ops.below_autograd(_chains_backward, args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -270,12 +274,12 @@ def _forward_autograd(*args: Any) -> tuple[Tensor, ...]:
         return _composed(*args)
     recorded = ops._recorded(args)
     args = (*args[:-1], args[-1] or recorded)
-    return _Chains.apply(*args) if recorded else ops._below_autograd(_chains, args)
+    return _Chains.apply(*args) if recorded else ops.below_autograd(_chains, args)
 
 
 def _backward_autograd(*args: Any) -> tuple[Tensor, ...]:
     apply = ops._recorded(args) or ops.forward_mode()
-    return _ChainsBackward.apply(*args) if apply else ops._below_autograd(_chains_backward, args)
+    return _ChainsBackward.apply(*args) if apply else ops.below_autograd(_chains_backward, args)
 
 
 def _forward_autocast(x: Tensor, *args: Any) -> Results:

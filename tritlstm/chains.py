@@ -147,7 +147,7 @@ def backward(
         wide, small = [], []
         for part, reverse in _directions(chains, reversed):
             grads = of_chains[part]
-            first = grads[:, layer._first_rows(length, batch, lengths, reverse, x.device)]
+            first = grads[:, layer._first_rows(length, batch, lengths, reverse, x.device)].contiguous()
             if need_w_hh:
                 product = _recurrent_weight_gradient(grads, first, h[part], h0[part], batch, reverse)
                 wide.append(_from_unit_major(product, hidden))

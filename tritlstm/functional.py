@@ -1,9 +1,9 @@
 """The functional LSTM: layers, directions, dropout, projection, packing and states around one operator.
 
 `lstm` is the public form; `apply` is what it and `tritlstm.LSTM` share. Data take one straight walk: unpack
-or unsqueeze, check, run, undo. "Run" is `torch.ops.tritlstm.layer` once per layer and direction where the
-Triton kernels run (`runs_kernels`) and where a training step on the CPU is faster so, and torch's own fast LSTM
-everywhere else.
+or unsqueeze, check, run, undo. "Run" is `torch.ops.tritlstm.layer` (or, where nobody would see it, what it computes)
+once per layer and direction where the Triton kernels run (`runs_kernels`) and where a training step on the CPU is
+faster so, and torch's own fast LSTM everywhere else.
 """
 
 from __future__ import annotations
@@ -502,6 +502,8 @@ def run_layers(
     _check_tensors(x, hx, weights)
     _check_steps(x.size(0))
     x = x.to(_dtype_of_results(x))  # as autocast would in the operators: what runs together is planned by the dtype
+    if extras is None and _infers(x, lengths, hx, weights, options):
+        return _inferred(x, lengths, hx, weights, options)
     directions = 2 if options.bidirectional else 1
     each = 2 + 2 * options.bias + (options.proj_size > 0)
     states: list[States] = []
@@ -539,7 +541,41 @@ def run_layers(
             states.append((h, c))
         x = outs[0] if directions == 1 else torch.cat(outs, -1)
     h_n, c_n = zip(*states, strict=True)
-    return x, torch.stack(h_n), torch.stack(c_n)
+    return x, _joined(h_n), _joined(c_n)
+
+
+def _infers(x: Tensor, lengths: Tensor | None, hx: States, weights: list[Tensor], options: Options) -> bool:
+    """Whether kernels run one layer of one direction after another, and nobody wants anything but the results."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or options.bidirectional or options.proj_size:
+        return False
+    if (options.dropout > 0 and options.training) or not ops.launches(x):
+        return False
+    return ops.unseen(x, lengths, *hx, *weights) and _together(x, options, options.num_layers, None) == 1
+
+
+def _inferred(
+    x: Tensor, lengths: Tensor | None, hx: States, weights: list[Tensor], options: Options
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`run_layers` without operators, each of which would check, save, and copy states."""
+    from . import layer as engine
+
+    h_n, c_n = (torch.empty(state.shape, dtype=x.dtype, device=x.device) for state in hx)
+    each = 4 if options.bias else 2
+    for k, (h0, c0, *into) in enumerate(zip(*hx, h_n, c_n, strict=True)):
+        w_ih, w_hh, *biases = weights[k * each : (k + 1) * each]
+        b_ih, b_hh = biases or (None, None)
+        states = (into[0], into[1])
+        x = engine.forward(x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, False, False, states=states)[0]
+    return x, h_n, c_n
+
+
+def _joined(states: tuple[Tensor, ...]) -> Tensor:
+    """A new dimension of all, which nobody else uses; a single one is not copied, nor made a view, which has limits."""
+    if len(states) == 1 and not torch.compiler.is_compiling():
+        (state,) = states
+        if not state.requires_grad and ops.unseen(state):
+            return state.unsqueeze_(0)
+    return torch.stack(states)
 
 
 def _dropout(x: Tensor, p: float, rows: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ Arguments are trusted: :mod:`tritlstm.functional` validates them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from .plan import padded
 __all__ = ["backward", "forward", "pack_rows", "padded", "unpack_rows"]
 
 NEEDS_ALL = (True,) * 7
+NOTHING: tuple[Tensor | None, ...] = (None,) * 6
 
 
 def pack_rows(matrix: Tensor) -> Tensor:
@@ -45,8 +47,12 @@ def unpack_rows(matrix: Tensor, hidden: int) -> Tensor:
 def _run(launch: Launch) -> None:
     if emulator.active():
         emulator.run(launch)
+        return
+    index = next(v for v in launch.arguments.values() if isinstance(v, Tensor)).get_device()
+    if index == torch.cuda.current_device():
+        launch.run()
     else:
-        with torch.cuda.device_of(next(v for v in launch.arguments.values() if isinstance(v, Tensor))):
+        with torch.cuda.device(index):
             launch.run()
 
 
@@ -76,14 +82,13 @@ def _pad_columns(state: Tensor, width: int) -> Tensor:
 
 def _first_rows(
     length: int, batch: int, lengths: Tensor | None, reverse: bool, device: torch.device
-) -> Tensor:
+) -> Tensor | slice:
     """Row of [T * B] of the step each sequence starts with; for a zero length, its row at time 0."""
-    columns = torch.arange(batch, device=device)
     if not reverse:
-        return columns
+        return slice(0, batch)
     if lengths is None:
-        return columns + (length - 1) * batch
-    return (lengths.long() - 1).clamp_min(0) * batch + columns
+        return slice((length - 1) * batch, length * batch)
+    return (lengths.long() - 1).clamp_min(0) * batch + torch.arange(batch, device=device)
 
 
 def _exchange_buffer(shape: tuple[int, ...], like: Tensor, protocol: str) -> Tensor:
@@ -93,10 +98,20 @@ def _exchange_buffer(shape: tuple[int, ...], like: Tensor, protocol: str) -> Ten
     return buffer
 
 
+@functools.lru_cache(maxsize=64)
+def _untouched(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """For a pointer of a kernel that it neither reads nor writes through."""
+    return torch.empty(1, dtype=dtype, device=device)
+
+
 def _counters(layout: plan.RecurrentPlan, device: torch.device) -> Tensor:
     many = layout.protocol == "counter" or layout.chains > 1
+    if layout.protocol == "none" and not many:
+        return _untouched(torch.int32, device)
     words = layout.n_tiles * exchange.COUNTER_STRIDE.value if many else 1
-    return torch.zeros((layout.chains, words), dtype=torch.int32, device=device)
+    # Who exchanges nothing reads none; to zero them would be a launch.
+    make = torch.empty if layout.protocol == "none" else torch.zeros
+    return make((layout.chains, words), dtype=torch.int32, device=device)
 
 
 def _parts(layout: plan.RecurrentPlan, device: torch.device) -> Tensor | None:
@@ -128,12 +143,15 @@ def forward(
     cell: Cell = PLAIN,
     recompute: bool = False,
     norm: Any = None,
+    states: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Forward of one layer and direction.
 
     ``x`` [T, B, D], ``w_ih`` [4H, D], ``w_hh`` [4H, H], biases [4H], ``h0`` and ``c0`` [B, H], ``lengths``
     int32 [B], ``gate0`` [B, 4H] added to the pre-activations of each sequence's first step. All of one dtype.
-    ``cell`` is how the cell differs from the plain one; ``norm`` is a :class:`tritlstm.normed.Normed`.
+    ``cell`` is how the cell differs from the plain one; ``norm`` is a :class:`tritlstm.normed.Normed`. ``states`` are
+    tensors for ``h_n`` and ``c_n`` of a plain layer of which nothing is saved; what it then returns for ``gates`` and
+    ``cells`` means nothing.
 
     Returns ``out`` [T, B, H], ``h_n`` and ``c_n`` [B, H] and, if ``save``, what :func:`backward` needs:
     ``gates`` [T, B, 4 HX], the four of a unit side by side (empty with ``recompute``), and ``cells`` [T, B, HX] in fp32
@@ -148,7 +166,7 @@ def forward(
         "forward", length, batch, hidden, x.dtype, device, precision, save, _overrides(),
         normed=norm is not None,
     )
-    cuts = aten.cut_steps(cell.resets, lengths, reverse)
+    cuts = None if cell.resets is None else aten.cut_steps(cell.resets, lengths, reverse)
     separate = width != hidden or cell.h_scale is not None
     layout = _with_cell(layout, cell, SEPARATE_OUT=separate, KEEP_GATES=not recompute)
 
@@ -158,15 +176,21 @@ def forward(
         gates = norm.input_products(x, w_ih, b_ih, b_hh, hidden)
     _add_gate0(gates, gate0, cuts, lengths, reverse)
 
+    place = x.device
     buffer = _exchange_buffer((length, batch, width), x, layout.protocol)
-    out = torch.empty((length, batch, hidden), dtype=x.dtype, device=x.device) if separate else buffer
-    cells = torch.empty((length, batch, width) if save else (0,), dtype=torch.float32, device=x.device)
-    h_n = torch.empty((batch, hidden), dtype=x.dtype, device=x.device)
+    out = torch.empty((length, batch, hidden), dtype=x.dtype, device=place) if separate else buffer
+    steps = _steps(layout, length)
     # Between the launches of the step tier the cell state keeps fp32.
-    c_dtype = torch.float32 if layout.tier == "step" else c0.dtype
-    c_n = torch.empty((batch, hidden), dtype=c_dtype, device=x.device)
-    counters = _counters(layout, x.device)
-    flag = status.of(x.device)
+    c_dtype = c0.dtype if len(steps) == 1 else torch.float32
+    if states is None:
+        cells = torch.empty((length, batch, width) if save else (0,), dtype=torch.float32, device=place)
+        h_n = torch.empty((batch, hidden), dtype=x.dtype, device=place)
+        c_n = torch.empty((batch, hidden), dtype=c_dtype, device=place)
+    else:
+        cells, (h_n, c_n) = _untouched(torch.float32, place), states
+        if c_n.dtype != c_dtype:
+            c_n = torch.empty((batch, hidden), dtype=c_dtype, device=place)
+    flag = status.of(place)
     arguments = {
         "gates_ptr": gates,
         "w_ptr": _pad_columns(w_hh, width),
@@ -178,24 +202,31 @@ def forward(
         "cells_ptr": cells,
         "h_n_ptr": h_n,
         "c_n_ptr": c_n,
-        "counter_ptr": counters,
+        "counter_ptr": _counters(layout, place),
         "status_ptr": flag,
         "T": length,
         "B": batch,
         "reverse": int(reverse),
-        **_cell_arguments(cell, cuts),
-        "entry_ptr": _entry(h0, cell, width),
-        **({} if norm is None else norm.forward_arguments(layout, x.device)),
     }
-    for begin, end in _steps(layout, length):
+    if cell is not PLAIN:
+        arguments |= _cell_arguments(cell, cuts)
+        arguments["entry_ptr"] = _entry(h0, cell, width)
+    if norm is not None:
+        arguments |= norm.forward_arguments(layout, place)
+    for begin, end in steps:
         _run(layout.launch({**arguments, "step_begin": begin, "step_end": end}))
     status.check(flag)
-    empty = x.new_empty(0)
-    return out, h_n, c_n.to(c0.dtype), gates if save and not recompute else empty, cells
+    if states is not None:
+        return out, h_n, c_n if c_n is states[1] else states[1].copy_(c_n), gates, cells
+    return out, h_n, c_n.to(c0.dtype), gates if save and not recompute else x.new_empty(0), cells
 
 
 def _with_cell(layout: plan.RecurrentPlan, cell: Cell, **constants: Any) -> plan.RecurrentPlan:
     """``layout`` with the constexpr parameters that ``cell`` and ``constants`` change."""
+    key = (cell[_FIRST_OPTION:], *constants.items())
+    found = layout.cells.get(key)
+    if found is not None:
+        return found
     gate, node, shown = cell.activations
     constants |= {
         "COUPLED": cell.coupled,
@@ -208,7 +239,13 @@ def _with_cell(layout: plan.RecurrentPlan, cell: Cell, **constants: Any) -> plan
     }
     defaults = {**layout.constants, **_CELL_DEFAULTS}
     changed = {name: value for name, value in constants.items() if value != defaults[name]}
-    return dataclasses.replace(layout, cell=tuple(changed.items())) if changed else layout
+    found = dataclasses.replace(layout, cell=tuple(changed.items())) if changed else layout
+    layout.cells[key] = found
+    return found
+
+
+#: Of `Cell`, after its tensors.
+_FIRST_OPTION = Cell._fields.index("coupled")
 
 
 #: Of the kernels' constexpr parameters that belong to a variant.
@@ -304,7 +341,7 @@ def backward(
     """
     length, batch, features = x.shape
     hidden = w_hh.shape[1]
-    cuts = aten.cut_steps(cell.resets, lengths, reverse)
+    cuts = None if cell.resets is None else aten.cut_steps(cell.resets, lengths, reverse)
     if rebuild is not None:
         gates = _rebuilt_gates(x, w_ih, w_hh, *rebuild, h0, c0, lengths, cuts, out, cells, reverse, cell)
     grad_gates, grad_c0, kept_h = _recurrent_backward(
@@ -312,8 +349,7 @@ def backward(
     )
     rows = grad_gates.view(length * batch, -1)
     need_x, need_w_ih, need_w_hh, need_b, need_h0, need_c0, need_gate0, *need_peephole = needs
-    # One each: an operator may not return the same tensor twice.
-    grad_x, grad_w_ih, grad_w_hh, grad_b, grad_h0, grad_gate0 = (x.new_empty(0) for _ in range(6))
+    grad_x, grad_w_ih, grad_w_hh, grad_b, grad_h0, grad_gate0 = NOTHING
     if need_x:
         grad_x = torch.mm(rows, pack_rows(w_ih)).view(length, batch, features)
     if need_w_ih:
@@ -332,15 +368,9 @@ def backward(
             grad_h0 = _grad_h0(entered, grad_h_n, w_hh, lengths, cell, kept_h, cuts, first_rows)
         if need_gate0:
             grad_gate0 = unpack_rows(entered.t(), hidden).t().contiguous()
-    results = (
-        grad_x,
-        grad_w_ih,
-        grad_w_hh,
-        grad_b,
-        grad_h0,
-        grad_c0.to(c0.dtype) if need_c0 else x.new_empty(0),
-        grad_gate0,
-    )
+    found = (grad_x, grad_w_ih, grad_w_hh, grad_b, grad_h0, grad_c0.to(c0.dtype) if need_c0 else None, grad_gate0)
+    # One each: an operator may not return the same tensor twice.
+    results = tuple(x.new_empty(0) if grad is None else grad for grad in found)
     if not need_peephole:
         return results
     if not need_peephole[0]:
@@ -356,7 +386,7 @@ def _grad_h0(
     cell: Cell,
     kept_h: Tensor | None,
     cuts: Tensor | None,
-    first_rows: Tensor,
+    first_rows: Tensor | slice,
 ) -> Tensor:
     grad = torch.mm(entered, pack_rows(w_hh))
     if cell.h_scale is not None:
@@ -490,9 +520,11 @@ def _recurrent_backward(
         "grad_out_stride_t": stride_t,
         "grad_out_stride_b": stride_b,
         "reverse": int(reverse),
-        **_cell_arguments(cell, cuts),
-        **({} if norm is None else norm.backward_arguments(layout, x)),
     }
+    if cell is not PLAIN:
+        arguments |= _cell_arguments(cell, cuts)
+    if norm is not None:
+        arguments |= norm.backward_arguments(layout, x)
     kept_h = torch.empty_like(grad_c0) if cell.zoneout_h else None
     if kept_h is not None:
         arguments["grad_h_ptr"] = kept_h

@@ -169,7 +169,7 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        return ops._below_autograd(_normed, args)
+        return ops.below_autograd(_normed, args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -220,7 +220,7 @@ def _differentiable_gradients(
 class _LayerBackward(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        return ops._below_autograd(_normed_backward, args)
+        return ops.below_autograd(_normed_backward, args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -239,11 +239,11 @@ def _forward_autograd(*args: Any) -> tuple[Tensor, ...]:
     args = (*args[:9], args[9] or recorded, *args[_PLAIN:])
     if ops.forward_mode():
         return _plain_forward(*args)
-    return _Layer.apply(*args) if recorded else ops._below_autograd(_normed, args)
+    return _Layer.apply(*args) if recorded else ops.below_autograd(_normed, args)
 
 
 def _backward_autograd(*args: Any) -> tuple[Tensor, ...]:
-    return _LayerBackward.apply(*args) if ops._recorded(args) else ops._below_autograd(_normed_backward, args)
+    return _LayerBackward.apply(*args) if ops._recorded(args) else ops.below_autograd(_normed_backward, args)
 
 
 def _forward_autocast(*args: Any) -> tuple[Tensor, ...]:

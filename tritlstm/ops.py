@@ -36,6 +36,7 @@ autocast dtype; the cell state stays float32.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -70,6 +71,8 @@ def layer(
 ) -> Results:
     """`torch.ops.tritlstm.layer`, which also works inside `torch.func.grad` and `torch.func.vmap`."""
     args = (x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse)
+    if not torch.compiler.is_compiling() and unseen(*args, gate0):
+        return run_unseen(_forward, _RecordedLayer, (*args, save, gate0), -2)
     if not torch.compiler.is_compiling() and forward_mode() and not aten.autocasts(x.device.type):
         return _plain_forward(*args, True, gate0)
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
@@ -78,6 +81,73 @@ def layer(
     if aten.autocasts(x.device.type):
         return _forward_autocast(*args, save, gate0)
     return _Layer.apply(*args, True, gate0)
+
+
+#: Names of the dispatch keys that a tensor has if only its device and autograd ask for it.
+_PLAIN_KEYS = frozenset(
+    ("CPU", "CUDA", "ADInplaceOrView", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA", "BackendSelect")
+)
+_keys_of = torch._C._dispatch_keys
+_keys_included = torch._C._dispatch_tls_local_include_set
+_keys_excluded = torch._C._dispatch_tls_local_exclude_set
+
+
+def unseen(*args: Any) -> bool:
+    """Whether nobody but autograd would see an operator of these arguments: it may be left out for what it computes.
+
+    The dispatcher and operators in Python take longer than a short kernel. Those who would see it: a tracer, modes of
+    torch's functions and of its dispatcher, torch.func, autocast, forward mode, a profiler, subclasses of tensors.
+    """
+    if torch._C._is_any_autocast_enabled() or torch._C._len_torch_function_stack() or forward_ad._current_level >= 0:
+        return False
+    if torch.autograd._profiler_enabled() or not _plain(_keys_included().raw_repr()):
+        return False
+    if torch.is_grad_enabled() and not _records(_keys_excluded().raw_repr()):
+        return False
+    for value in args:
+        kind = type(value)
+        if kind is Tensor or kind is torch.nn.Parameter:
+            if not _plain(_keys_of(value).raw_repr()):
+                return False
+        elif not (value is None or kind is bool or kind is int):
+            return False
+    return True
+
+
+def _key_names(raw: int) -> set[str]:
+    names = str(torch._C.DispatchKeySet.from_raw_repr(raw))  # DispatchKeySet(CPU, AutogradCPU)
+    return set(names.partition("(")[2].rstrip(")").split(", ")) - {""}
+
+
+@functools.lru_cache(maxsize=64)
+def _plain(keys: int) -> bool:
+    return _key_names(keys) <= _PLAIN_KEYS
+
+
+@functools.lru_cache(maxsize=64)
+def _records(excluded: int) -> bool:
+    return not any("Autograd" in name for name in _key_names(excluded))
+
+
+def run_unseen(compute: Any, function: Any, args: tuple[Any, ...], save: int) -> Any:
+    """What an operator of `unseen` arguments returns. `save` is the place of that flag in `args`."""
+    if not _recorded(args):
+        return below_autograd(compute, args)
+    given = list(args)
+    given[save] = True
+    return function.apply(*given)
+
+
+def recorder(function: Any, compute: Any) -> Any:
+    """`function` without `setup_context`, which torch.func needs and which binds all arguments anew in every call."""
+
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        output = below_autograd(compute, args)
+        function.setup_context(ctx, args, output)
+        return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
+    return type(function.__name__, (torch.autograd.Function,), members)
 
 
 def _emulating() -> bool:
@@ -189,7 +259,7 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        return _below_autograd(_layer, args)
+        return below_autograd(_layer, args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -211,7 +281,8 @@ class _Layer(torch.autograd.Function):
         elif torch.is_grad_enabled():  # someone may differentiate the gradient
             results = _Gradient.apply(*grads[:3], *forward, out, gates, cells, needs)
         else:
-            results = _layer_backward(*inputs, out, gates, cells, ctx.reverse, needs)
+            given = (*inputs, out, gates, cells, ctx.reverse)
+            results = run_backward(_backward, _layer_backward, given, needs)
         d_x, d_w_ih, d_w_hh, d_b, d_h0, d_c0, d_gate0 = (
             result if need else None for result, need in zip(results, needs, strict=True)
         )
@@ -219,10 +290,20 @@ class _Layer(torch.autograd.Function):
         return d_x, d_w_ih, d_w_hh, *d_biases, d_h0, d_c0, None, None, None, d_gate0
 
 
+_RecordedLayer = recorder(_Layer, _forward)
+
+
+def run_backward(compute: Any, op: Any, given: tuple[Any, ...], needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """A backward operator with grad mode off, or what it computes."""
+    if not torch.compiler.is_compiling() and unseen(*given):
+        return below_autograd(compute, (*given, needs))
+    return op(*given, needs)
+
+
 class _LayerBackward(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        return _below_autograd(_layer_backward, args)
+        return below_autograd(_layer_backward, args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -245,7 +326,7 @@ class _Gradient(torch.autograd.Function):
     def forward(*args: Any) -> tuple[Tensor, ...]:
         grads, needs = args[:3], args[-1]
         x, w_ih, w_hh, _, _, h0, c0, lengths, reverse, _, _, *saved = args[3:-1]
-        return _below_autograd(_layer_backward, (*grads, x, w_ih, w_hh, h0, c0, lengths, *saved, reverse, needs))
+        return below_autograd(_layer_backward, (*grads, x, w_ih, w_hh, h0, c0, lengths, *saved, reverse, needs))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -289,7 +370,7 @@ def of_both_biases(grad_b: Tensor | None, need_ih: bool, need_hh: bool) -> tuple
     return grad_b if need_ih else None, (grad_b.clone() if need_ih else grad_b) if need_hh else None
 
 
-def _below_autograd(op: Any, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+def below_autograd(op: Any, args: tuple[Any, ...]) -> Any:
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
 
@@ -321,12 +402,12 @@ def _forward_autograd(
     args = (*tensors, reverse, save or recorded, gate0)
     if forward_mode():
         return _plain_forward(*args)
-    return _Layer.apply(*args) if recorded else _below_autograd(_layer, args)
+    return _Layer.apply(*args) if recorded else below_autograd(_layer, args)
 
 
 def _backward_autograd(*args: Any) -> tuple[Tensor, ...]:
     apply = _recorded(args) or forward_mode()
-    return _LayerBackward.apply(*args) if apply else _below_autograd(_layer_backward, args)
+    return _LayerBackward.apply(*args) if apply else below_autograd(_layer_backward, args)
 
 
 def _forward_autocast(
@@ -381,18 +462,19 @@ def _check(
     hidden = h0.size(1)
     if steps == 0:
         raise ValueError("tritlstm layer: x needs at least one time step, got T = 0; leave the call out")
-    expected = {
-        "w_ih": (w_ih, (4 * hidden, features), x.dtype),
-        "w_hh": (w_hh, (4 * hidden, hidden), x.dtype),
-        "b_ih": (b_ih, (4 * hidden,), x.dtype),
-        "b_hh": (b_hh, (4 * hidden,), x.dtype),
-        "h0": (h0, (batch, hidden), x.dtype),
-        "c0": (c0, (batch, hidden), c0.dtype),
-        "lengths": (lengths, (batch,), torch.int32),
-        "gate0": (gate0, (batch, 4 * hidden), x.dtype),
-    }
-    for name, (value, shape, dtype) in expected.items():
-        if value is not None and (value.shape != shape or value.dtype != dtype or value.device != x.device):
+    expected = (
+        ("w_ih", w_ih, (4 * hidden, features), x.dtype),
+        ("w_hh", w_hh, (4 * hidden, hidden), x.dtype),
+        ("b_ih", b_ih, (4 * hidden,), x.dtype),
+        ("b_hh", b_hh, (4 * hidden,), x.dtype),
+        ("h0", h0, (batch, hidden), x.dtype),
+        ("c0", c0, (batch, hidden), c0.dtype),
+        ("lengths", lengths, (batch,), torch.int32),
+        ("gate0", gate0, (batch, 4 * hidden), x.dtype),
+    )
+    device = x.device
+    for name, value, shape, dtype in expected:
+        if value is not None and (value.shape != shape or value.dtype != dtype or value.device != device):
             raise ValueError(
                 f"tritlstm layer: {name} must be {list(shape)} of {dtype} on {x.device} beside x "
                 f"{list(x.shape)} of {x.dtype} and h0 {list(h0.shape)}, got {list(value.shape)} of "

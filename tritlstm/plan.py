@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import emulator, measured
 from .kernels import exchange
-from .kernels.launch import Launch
+from .kernels.launch import Compiled, Launch
 
 __all__ = [
     "DEVICES",
@@ -166,7 +166,7 @@ class StepCost:
 
     @property
     def total(self) -> float:
-        return sum(dataclasses.astuple(self))
+        return sum(getattr(self, name) for name in self.__dataclass_fields__)
 
 
 SHARED_BYTES_PER_CLOCK = 128
@@ -217,7 +217,7 @@ class RecurrentPlan:
         rows = self.block_h * (4 * self.fold if self.direction == "forward" else self.parts)
         return max(1, PROLOGUE_BYTES * self.num_warps // (rows * self.block_k * self.dtype.itemsize))
 
-    @property
+    @functools.cached_property
     def us_per_step(self) -> float:
         """Predicted time of one step of the whole batch, of all chains."""
         return self.cost.total * math.ceil(self.n_tiles / self.n_groups) * math.ceil(self.chains / self.at_once)
@@ -226,7 +226,7 @@ class RecurrentPlan:
         """Predicted µs of ``length`` steps; the last layer of a stack ends ``chains - 1`` steps after the first."""
         return self.us_per_step * (length + (self.chains - 1 if self.stacked else 0))
 
-    @property
+    @functools.cached_property
     def constants(self) -> dict[str, Any]:
         """The constexpr parameters of the kernel."""
         constants = {
@@ -270,7 +270,17 @@ class RecurrentPlan:
             self.num_warps,
             cooperative=self.protocol != "none",
             max_registers=self.max_registers,
+            compiled=self._compiled,
         )
+
+    @functools.cached_property
+    def _compiled(self) -> Compiled:
+        return Compiled()
+
+    @functools.cached_property
+    def cells(self) -> dict[Any, RecurrentPlan]:
+        """This plan for other cells, kept so that each is the same object in every call."""
+        return {}
 
     def describe(self) -> str:
         """One line: tier, protocol, tiles."""
@@ -664,17 +674,49 @@ def recurrent(
     with layer normalisation.
     Raises :class:`PlanError` if nothing fits.
     """
-    fixed = dict(overrides or {})
+    found = _recurrent(
+        direction, length == 1, batch, hidden, dtype, device, precision, save, _items(overrides), chains, stacked,
+        normed,
+    )  # fmt: skip
+    if isinstance(found, str):
+        raise PlanError(found)
+    return found
+
+
+def _items(overrides: Mapping[str, Any] | None) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted(overrides.items())) if overrides else ()
+
+
+# Asked several times in every call of a layer, so that it is one look-up, also where nothing fits.
+@functools.lru_cache(maxsize=4096)
+def _recurrent(
+    direction: str,
+    one_step: bool,
+    batch: int,
+    hidden: int,
+    dtype: torch.dtype,
+    device: Device,
+    precision: str,
+    save: bool,
+    overrides: tuple[tuple[str, Any], ...],
+    chains: int,
+    stacked: bool,
+    normed: bool,
+) -> RecurrentPlan | str:
+    fixed = dict(overrides)
     fixed.pop("parts" if direction == "forward" else "fold", None)
     block_k = fixed.pop("block_k", None)
     # A single step needs no exchange; every longer sequence is planned alike.
     asked = fixed.get("protocol")
     protocols = (asked,) if asked in ("flag", "counter") else ("flag",)
-    one_step = length == 1 and not normed
+    one_step = one_step and not normed
     problem = _Problem(
         direction, batch, hidden, dtype, precision, device, save, one_step, block_k, protocols, chains, stacked, normed
     )
-    return _best(problem, tuple(sorted(fixed.items())))
+    try:
+        return _best(problem, tuple(sorted(fixed.items())))
+    except PlanError as error:
+        return str(error)
 
 
 class Together(NamedTuple):
@@ -697,8 +739,27 @@ def together(
     overrides: Mapping[str, Any] | None = None,
 ) -> Together:
     """The way of running ``layers`` layers that is predicted to take the least time."""
+    costs = (SHORTEST_CHUNK, HOST_LAUNCH_US)
+    return _together(
+        length, batch, layers, hidden, dtype, device, precision, training, _items(overrides), costs
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _together(
+    length: int,
+    batch: int,
+    layers: int,
+    hidden: int,
+    dtype: torch.dtype,
+    device: Device,
+    precision: str,
+    training: bool,
+    overrides: tuple[tuple[str, Any], ...],
+    costs: tuple[float, float],
+) -> Together:
     directions = ("forward", "backward") if training else ("forward",)
-    fixed = (length, batch, hidden, dtype, device, precision, training, overrides)
+    fixed = (length, batch, hidden, dtype, device, precision, training, dict(overrides))
     alone = [recurrent(direction, *fixed) for direction in directions]
     apart = Together("apart", 1, layers * sum(plan.cost_of(length) for plan in alone))
     ways = [apart]
@@ -862,7 +923,7 @@ class GemmPlan:
     grid: int
     max_registers: int | None = None
 
-    @property
+    @functools.cached_property
     def constants(self) -> dict[str, Any]:
         return {
             "D": self.features,
@@ -884,7 +945,12 @@ class GemmPlan:
             self.num_warps,
             self.num_stages,
             max_registers=self.max_registers,
+            compiled=self._compiled,
         )
+
+    @functools.cached_property
+    def _compiled(self) -> Compiled:
+        return Compiled()
 
 
 @functools.lru_cache(maxsize=4096)

@@ -57,7 +57,7 @@ def next_layers(x: Tensor, layers: int, hidden: int, training: bool) -> int:
 
     A compiler that traces can't ask for a plan, which depends on the sizes: there, layers go one after another.
     """
-    if torch.compiler.is_compiling() or not ops.runs_kernels(x) or x.size(1) == 0:
+    if torch.compiler.is_compiling() or x.size(0) == 1 or not ops.runs_kernels(x) or x.size(1) == 0:
         return 1
     if torch._C._are_functorch_transforms_active() or ops.forward_mode():
         return 1
@@ -81,6 +81,8 @@ def stack(
     """`torch.ops.tritlstm.stack`, which also works inside torch.func's transforms and forward mode."""
     args = (x, w_ih, w_between, w_hh, b_ih, b_hh, h0, c0, lengths, save)
     compiling = torch.compiler.is_compiling()
+    if not compiling and ops.unseen(*args):
+        return ops.run_unseen(_forward, _RecordedStack, args, -1)
     if not compiling and (torch._C._are_functorch_transforms_active() or ops.forward_mode()):
         return _composed(*args)
     return _stack(*args)
@@ -177,7 +179,7 @@ def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
 class _Stack(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        return ops._below_autograd(_stack, args)
+        return ops.below_autograd(_stack, args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -195,10 +197,13 @@ class _Stack(torch.autograd.Function):
             return (*_differentiable(grads[:3], given, lengths, needed), None, None)
         x, w_ih, w_between, w_hh, _, _, h0, c0 = given
         needs = (*needed[:4], needed[4] or needed[5], *needed[6:_GIVEN])
-        saved = (hidden, gates, cells, needs)
-        results = _stack_backward(*grads[:3], x, w_ih, w_between, w_hh, h0, c0, lengths, *saved)
+        inputs = (*grads[:3], x, w_ih, w_between, w_hh, h0, c0, lengths, hidden, gates, cells)
+        results = ops.run_backward(_backward, _stack_backward, inputs, needs)
         *before, d_b, d_h0, d_c0 = (r if need else None for r, need in zip(results, needs, strict=True))
         return (*before, *ops.of_both_biases(d_b, *needed[4:6]), d_h0, d_c0, None, None)
+
+
+_RecordedStack = ops.recorder(_Stack, _forward)
 
 
 def _differentiable(
@@ -221,7 +226,7 @@ def _differentiable(
 class _StackBackward(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        return ops._below_autograd(_stack_backward, args)
+        return ops.below_autograd(_stack_backward, args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -240,12 +245,12 @@ def _forward_autograd(*args: Any) -> tuple[Tensor, ...]:
         return _composed(*args)
     recorded = ops._recorded(args)
     args = (*args[:-1], args[-1] or recorded)
-    return _Stack.apply(*args) if recorded else ops._below_autograd(_stack, args)
+    return _Stack.apply(*args) if recorded else ops.below_autograd(_stack, args)
 
 
 def _backward_autograd(*args: Any) -> tuple[Tensor, ...]:
     apply = ops._recorded(args) or ops.forward_mode()
-    return _StackBackward.apply(*args) if apply else ops._below_autograd(_stack_backward, args)
+    return _StackBackward.apply(*args) if apply else ops.below_autograd(_stack_backward, args)
 
 
 def _forward_autocast(*args: Any) -> Results:

@@ -145,7 +145,7 @@ class _Variant(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        return ops._below_autograd(_variant, args)
+        return ops.below_autograd(_variant, args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -187,7 +187,7 @@ class _Variant(torch.autograd.Function):
 class _VariantBackward(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        return ops._below_autograd(_variant_backward, args)
+        return ops.below_autograd(_variant_backward, args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -206,12 +206,12 @@ def _forward_autograd(*args: Any) -> tuple[Tensor, ...]:
     args = (*args[:9], args[9] or recorded, *args[10:])
     if ops.forward_mode():
         return _plain_forward(*args)
-    return _Variant.apply(*args) if recorded else ops._below_autograd(_variant, args)
+    return _Variant.apply(*args) if recorded else ops.below_autograd(_variant, args)
 
 
 def _backward_autograd(*args: Any) -> tuple[Tensor, ...]:
     apply = ops._recorded(args) or ops.forward_mode()
-    return _VariantBackward.apply(*args) if apply else ops._below_autograd(_variant_backward, args)
+    return _VariantBackward.apply(*args) if apply else ops.below_autograd(_variant_backward, args)
 
 
 def _forward_autocast(*args: Any) -> Results:
