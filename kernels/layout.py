@@ -13,46 +13,21 @@ import triton.language as tl
 
 
 @triton.jit
-def unit_of_product(row, FOLD: tl.constexpr):
-    """Which of a block's units a row of its product ``[4 * BLOCK_H * FOLD, BLOCK_B * FOLD]`` belongs to."""
-    if FOLD == 2:
-        return row // 16 * 2 + row % 2
-    else:
-        return row // 16 * 4 + row % 4
+def unit_of_product(row):
+    """Which of a block's units a row of its product ``[4 * BLOCK_H, BLOCK_B]`` belongs to."""
+    return row // 16 * 4 + row % 4
 
 
 @triton.jit
-def gate_of_product(row, FOLD: tl.constexpr):
-    if FOLD == 2:
-        return row // 2 % 4
-    else:
-        return row // 4 % 2 * 2 + row // 8 % 2
+def gate_of_product(row):
+    return row // 4 % 2 * 2 + row // 8 % 2
 
 
 @triton.jit
-def half_of_product(row, FOLD: tl.constexpr):
-    """Which part of K a row multiplies; its columns are those of all parts, one after another."""
-    return row // 8 % FOLD
-
-
-@triton.jit
-def cells_of_product(product, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, FOLD: tl.constexpr):
-    """``[4 * BLOCK_H * FOLD, BLOCK_B * FOLD]`` in the product's order to four tiles of cells: i, f, g, o.
-
-    Folded, rows and columns of the same half belong together. A thread has them all, rows of the two halves being 8
-    apart; so the sum takes no exchange. Rows of one half with columns of the other are nobody's.
-    """
-    if FOLD == 2:
-        halves = tl.reshape(product, (BLOCK_H // 2, 2, 8, 2, BLOCK_B))
-        halves = tl.permute(halves, (0, 2, 4, 3, 1))
-        first, second = tl.split(halves)
-        first, _ = tl.split(first)
-        _, second = tl.split(second)
-        tile = tl.reshape(first + second, (BLOCK_H // 2, 2, 2, 2, BLOCK_B // 8, 8))
-        tile = tl.permute(tile, (4, 0, 3, 5, 1, 2))
-    else:
-        tile = tl.reshape(product, (BLOCK_H // 4, 2, 2, 4, BLOCK_B // 8, 8))
-        tile = tl.permute(tile, (4, 0, 3, 5, 2, 1))
+def cells_of_product(product, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr):
+    """``[4 * BLOCK_H, BLOCK_B]`` in the product's order to four tiles of cells: i, f, g, o."""
+    tile = tl.reshape(product, (BLOCK_H // 4, 2, 2, 4, BLOCK_B // 8, 8))
+    tile = tl.permute(tile, (4, 0, 3, 5, 2, 1))
     return split_gates(tl.reshape(tile, (BLOCK_B // 8, BLOCK_H, 8, 2, 2)))
 
 

@@ -8,44 +8,38 @@ from . import cell, exchange, layout, norm, random_bits, rounding
 
 @triton.jit
 def _weight_chunk(
-    w_ptr, unit_begin, k, H: tl.constexpr, HX: tl.constexpr, BLOCK_H: tl.constexpr, FOLD: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Rows of ``w_hh`` of a block's units in the product's order, columns ``k`` of the row's part of K:
-    ``[4 * BLOCK_H * FOLD, K]``, zero outside."""
-    DEPTH: tl.constexpr = HX // FOLD
-    row = tl.arange(0, 4 * BLOCK_H * FOLD)
-    unit = unit_begin + layout.unit_of_product(row, FOLD)
-    w_row = (layout.gate_of_product(row, FOLD) * H + unit).to(tl.int64)
-    inside = (unit[:, None] < H) & (k[None, :] < DEPTH)
-    begin = w_row * HX
-    if FOLD > 1:
-        begin += layout.half_of_product(row, FOLD) * DEPTH
-    return rounding.operand(tl.load(w_ptr + begin[:, None] + k[None, :], mask=inside, other=0.0), PRECISION)
+    w_ptr, unit_begin, k, H: tl.constexpr, HX: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Rows of ``w_hh`` of a block's units in the product's order, columns ``k``: ``[4 * BLOCK_H, K]``, zero outside."""
+    row = tl.arange(0, 4 * BLOCK_H)
+    unit = unit_begin + layout.unit_of_product(row)
+    w_row = (layout.gate_of_product(row) * H + unit).to(tl.int64)
+    inside = (unit[:, None] < H) & (k[None, :] < HX)
+    return rounding.operand(tl.load(w_ptr + w_row[:, None] * HX + k[None, :], mask=inside, other=0.0), PRECISION)
 
 
 @triton.jit
-def _reads(state_words, k_begin, WORD: tl.constexpr, COUNT: tl.constexpr, DEPTH: tl.constexpr, BLOCK_K: tl.constexpr):
+def _reads(state_words, k_begin, WORD: tl.constexpr, COUNT: tl.constexpr, HX: tl.constexpr, BLOCK_K: tl.constexpr):
     """Where a chunk of h lies, in runs of 16 bytes, and whether they exist COUNT - 1 chunks further on."""
     run = tl.arange(0, BLOCK_K // (4 * WORD)) * 4
     reads = state_words[:, None] + (k_begin // WORD + run)[None, :]
     k = k_begin + run * WORD
-    return reads, tl.broadcast_to((k[None, :] + (COUNT - 1) * BLOCK_K < DEPTH), reads.shape)
+    return reads, tl.broadcast_to((k[None, :] + (COUNT - 1) * BLOCK_K < HX), reads.shape)
 
 
 @triton.jit
 def _multiply(
     weights, state_words, k_begin, waiting, mark, status, step, spin_limit, acc, dtype: tl.constexpr,
-    FIRST: tl.constexpr, COUNT: tl.constexpr, RAGGED: tl.constexpr, DEPTH: tl.constexpr, BLOCK_B: tl.constexpr,
+    FIRST: tl.constexpr, COUNT: tl.constexpr, RAGGED: tl.constexpr, HX: tl.constexpr, BLOCK_B: tl.constexpr,
     BLOCK_K: tl.constexpr, PROTOCOL: tl.constexpr, AMD: tl.constexpr, WARPS: tl.constexpr, PRECISION: tl.constexpr,
     seen=None, is_seen=None,
 ):  # fmt: skip
     """``acc`` plus the products of the chunks ``weights[FIRST : FIRST + COUNT]`` with h from column ``k_begin`` on.
 
-    ``RAGGED``: the last of these chunks of h may reach beyond DEPTH. ``seen``, ``is_seen``: of :func:`exchange.receive`.
+    ``RAGGED``: the last of these chunks of h may reach beyond HX. ``seen``, ``is_seen``: of :func:`exchange.receive`.
     """
     WORD: tl.constexpr = 32 // dtype.primitive_bitwidth  # values in one
-    reads, exist = _reads(state_words, k_begin, WORD, COUNT, DEPTH, BLOCK_K)
+    reads, exist = _reads(state_words, k_begin, WORD, COUNT, HX, BLOCK_K)
     inside = None
     if RAGGED:
         inside = exist
@@ -116,7 +110,6 @@ def recurrent_forward(
     WARPS: tl.constexpr,
     PRECISION: tl.constexpr,
     # Off by default, and then without a trace in the compiled kernel:
-    FOLD: tl.constexpr = 1,  # parts of K in the rows of a block's product, which has few units of its own
     HOIST: tl.constexpr = False,  # let the compiler move what does not change out of the time loop
     STAGES: tl.constexpr = 1,  # of the loop over streamed chunks; above 1 the compiler copies weights ahead
     CHAINS: tl.constexpr = 1,  # recurrences side by side, of which the last `reverse` walk in reverse
@@ -142,8 +135,7 @@ def recurrent_forward(
     NODE: tl.constexpr = 1,
     SHOWN: tl.constexpr = 1,
 ):
-    DEPTH: tl.constexpr = HX // FOLD  # of K, a part
-    N_CHUNKS: tl.constexpr = (DEPTH + BLOCK_K - 1) // BLOCK_K
+    N_CHUNKS: tl.constexpr = (HX + BLOCK_K - 1) // BLOCK_K
     dtype: tl.constexpr = exchange_ptr.dtype.element_ty
     WORD: tl.constexpr = 32 // dtype.primitive_bitwidth
     EXACT: tl.constexpr = WORD == 1
@@ -192,11 +184,11 @@ def recurrent_forward(
 
     weights = ()
     if SINGLE:
-        weights = (_weight_chunk(w_ptr, unit_begin, unit, H, HX, BLOCK_H, FOLD, PRECISION),)
+        weights = (_weight_chunk(w_ptr, unit_begin, unit, H, HX, BLOCK_H, PRECISION),)
     else:
         for j in tl.static_range(RESIDENT):
             k = j * BLOCK_K + tl.arange(0, BLOCK_K)
-            weights = weights + (_weight_chunk(w_ptr, unit_begin, k, H, HX, BLOCK_H, FOLD, PRECISION),)
+            weights = weights + (_weight_chunk(w_ptr, unit_begin, k, H, HX, BLOCK_H, PRECISION),)
             if (j + 1) % PROLOGUE == 0:
                 # Else the compiler issues the loads of all chunks at once and runs out of registers.
                 tl.debug_barrier()
@@ -206,7 +198,7 @@ def recurrent_forward(
         below_weights = ()
         for j in tl.static_range(RESIDENT):
             k = j * BLOCK_K + tl.arange(0, BLOCK_K)
-            below_weights = below_weights + (_weight_chunk(below_ptr, unit_begin, k, H, HX, BLOCK_H, FOLD, PRECISION),)
+            below_weights = below_weights + (_weight_chunk(below_ptr, unit_begin, k, H, HX, BLOCK_H, PRECISION),)
             if (j + 1) % PROLOGUE == 0:
                 tl.debug_barrier()
         bias_at = bias_ptr + chain * (4 * HX) + tl.expand_dims(unit_of_cell * 4, 3) + gate
@@ -216,7 +208,7 @@ def recurrent_forward(
     alive = tl.full((), 1, tl.int32)
     for tile in range(group, n_tiles, tl.num_programs(1)):
         # What lies beyond the batch repeats its last row and is not stored: reads need no mask.
-        b = tl.minimum(tile * BLOCK_B + tl.arange(0, FOLD * BLOCK_B) % BLOCK_B, B - 1)
+        b = tl.minimum(tile * BLOCK_B + tl.arange(0, BLOCK_B), B - 1)
         b_of_cell = layout.batch_of_cells(tile * BLOCK_B, BLOCK_B)
         in_batch = b_of_cell < B
         inside = (unit_of_cell < H) & in_batch
@@ -253,7 +245,7 @@ def recurrent_forward(
             t = t_begin + direction * step
             t_previous = t - direction
             row = t.to(tl.int64) * B + b_of_cell
-            acc = tl.zeros((4 * BLOCK_H * FOLD, BLOCK_B * FOLD), tl.float32)
+            acc = tl.zeros((4 * BLOCK_H, BLOCK_B), tl.float32)
             if cuts_ptr is not None:
                 cut = tl.load(cuts_ptr + row, mask=in_batch, other=0) != 0
                 h = tl.where(cut, 0.0, h)
@@ -279,7 +271,7 @@ def recurrent_forward(
                 alive = exchange.await_count(counter, n_blocks, step, alive, status_ptr, step, spin_limit, PROTOCOL)
                 previous_rows = exchange_words + (t_previous.to(tl.int64) * B + b) * (ROW // WORD)
                 # h0 is nobody's to deliver, and may hold any NaN.
-                fresh = tl.zeros((FOLD * BLOCK_B,), tl.int1) | (step == 0)
+                fresh = tl.zeros((BLOCK_B,), tl.int1) | (step == 0)
                 if lengths_ptr is not None:
                     fresh = fresh | (t_previous >= length)
                 entering = tl.where(fresh, h0_rows, previous_rows)
@@ -287,16 +279,14 @@ def recurrent_forward(
                     cut_rows = tl.load(cuts_ptr + t.to(tl.int64) * B + b) != 0
                     fresh = fresh | cut_rows
                     entering = tl.where(cut_rows, h0_words + B.to(tl.int64) * (HX // WORD), entering)
-                if FOLD > 1:
-                    entering += tl.arange(0, FOLD * BLOCK_B) // BLOCK_B * (DEPTH // WORD)
                 state_words = tl.multiple_of(entering, 16)
                 waiting = fresh == 0
                 for first in tl.static_range(0, RESIDENT, POLL):
                     acc = _multiply(
                         weights, state_words, first * BLOCK_K, waiting, counter_ptr, status_ptr, step, spin_limit, acc,
                         dtype, first, POLL if first + POLL <= RESIDENT else RESIDENT - first,
-                        first + POLL >= RESIDENT and RESIDENT * BLOCK_K > DEPTH,
-                        DEPTH, BLOCK_B, BLOCK_K, PROTOCOL, AMD, WARPS, PRECISION,
+                        first + POLL >= RESIDENT and RESIDENT * BLOCK_K > HX,
+                        HX, BLOCK_B, BLOCK_K, PROTOCOL, AMD, WARPS, PRECISION,
                     )  # fmt: skip
                     if PROTOCOL == exchange.COUNTER:
                         # Nothing else keeps the compiler from loading the next groups' tiles now, and running out of
@@ -304,17 +294,17 @@ def recurrent_forward(
                         tl.debug_barrier()
                 seen = None
                 if STAGES > 1 and PROTOCOL == exchange.FLAG:
-                    reads, exist = _reads(state_words, RESIDENT * BLOCK_K, WORD, 1, DEPTH, BLOCK_K)
+                    reads, exist = _reads(state_words, RESIDENT * BLOCK_K, WORD, 1, HX, BLOCK_K)
                     seen = exchange.look(reads, exist, WARPS, AMD)
                 for chunk in tl.range(
                     RESIDENT, N_CHUNKS, num_stages=None if STAGES == 1 else STAGES, disable_licm=STAY
                 ):
                     k = chunk * BLOCK_K + tl.arange(0, BLOCK_K)
                     # As they are: to be rounded they would have to pass through registers.
-                    streamed = (_weight_chunk(w_ptr, unit_begin, k, H, HX, BLOCK_H, FOLD, "ieee"),)
+                    streamed = (_weight_chunk(w_ptr, unit_begin, k, H, HX, BLOCK_H, "ieee"),)
                     acc = _multiply(
                         streamed, state_words, chunk * BLOCK_K, waiting, counter_ptr, status_ptr, step, spin_limit, acc,
-                        dtype, 0, 1, N_CHUNKS * BLOCK_K > DEPTH, DEPTH, BLOCK_B, BLOCK_K, PROTOCOL, AMD, WARPS, PRECISION,
+                        dtype, 0, 1, N_CHUNKS * BLOCK_K > HX, HX, BLOCK_B, BLOCK_K, PROTOCOL, AMD, WARPS, PRECISION,
                         seen, chunk == RESIDENT,
                     )  # fmt: skip
                     if STAGES == 1:
@@ -332,7 +322,7 @@ def recurrent_forward(
                 upcoming = tl.load(at, mask=in_gates & (step + 1 < step_end), other=0.0)
             if norm_ptr is not None and PROTOCOL == exchange.COUNTER:
                 acc = tl.where(alive > 0, acc, float("nan"))
-            r_i, r_f, r_g, r_o = layout.cells_of_product(acc, BLOCK_H, BLOCK_B, FOLD)
+            r_i, r_f, r_g, r_o = layout.cells_of_product(acc, BLOCK_H, BLOCK_B)
             if STACKED:
                 r_i, r_f, r_g, r_o = r_i + b_i, r_f + b_f, r_g + b_g, r_o + b_o
             if norm_ptr is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,26 @@ from tritlstm import emulator, layer, plan, reference
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
+#: Options of the emulator that are overrides of a plan.
+PLANNED = ("tier", "protocol", "block_h", "block_b", "block_k", "parts", "poll", "resident", "stages")
 NAMES = ("out", "h_n", "c_n", "x", "w_ih", "w_hh", "b", "h0", "c0")
 
 
 def kernels(**options: Any) -> contextlib.AbstractContextManager[Any]:
-    """Where the kernels run; on CUDA the planner is free, in the emulator ``options`` choose the path."""
-    return contextlib.nullcontext() if CUDA else emulator.emulate(**options)
+    """Where the kernels run. ``options`` choose the path: in the emulator all of them, on CUDA what a plan can."""
+    return _on_cuda(options) if CUDA else emulator.emulate(**options)
+
+
+@contextlib.contextmanager
+def _on_cuda(options: dict[str, Any]) -> Iterator[None]:
+    fixed = {name: value for name, value in options.items() if name in PLANNED}
+    free, layer._overrides = layer._overrides, lambda: fixed
+    try:
+        yield
+    except plan.PlanError as error:
+        pytest.skip(f"no configuration of this GPU: {error}")
+    finally:
+        layer._overrides = free
 
 
 @dataclasses.dataclass
@@ -168,6 +183,8 @@ PATHS: dict[str, tuple[tuple[int, int, int, int], dict[str, Any]]] = {
         (3, 20, 5, 40),
         {"tier": "persistent", "protocol": "counter", "block_h": 16, "block_b": 16, "sms": 4, "amd": True},
     ),
+    "8 sequences a tile": ((3, 20, 5, 40), {"tier": "persistent", "block_b": 8, "sms": 9}),
+    "single, 8 sequences a tile": ((3, 20, 5, 24), {"tier": "single", "block_b": 8, "sms": 2}),
     "streaming": ((3, 3, 7, 150), {"tier": "streaming", "sms": 10, "shared_bytes": 64 << 10, "block_k": 32}),
     "streaming, copied ahead": (
         (3, 3, 7, 150),

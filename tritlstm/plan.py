@@ -209,12 +209,11 @@ class RecurrentPlan:
     at_once: int = 1  # of them, in one launch
     stacked: bool = False  # the chains are layers, each of which reads the one before it
     stages: int = 1  # of the loop over streamed chunks: above 1 the compiler copies them ahead
-    fold: int = 1  # parts of K that are rows of a block's product (forward), where it has few units
 
     @property
     def prologue(self) -> int:
         """Chunks of w_hh that are loaded together before the time loop: as many as half the registers hold."""
-        rows = self.block_h * (4 * self.fold if self.direction == "forward" else self.parts)
+        rows = self.block_h * (4 if self.direction == "forward" else self.parts)
         return max(1, PROLOGUE_BYTES * self.num_warps // (rows * self.block_k * self.dtype.itemsize))
 
     @functools.cached_property
@@ -249,8 +248,6 @@ class RecurrentPlan:
             constants["CHAINS"] = self.chains
         if self.stages > 1:
             constants["STAGES"] = self.stages
-        if self.fold > 1:
-            constants["FOLD"] = self.fold
         if self.direction == "forward":
             separate = padded(self.hidden) != self.hidden
             return {**constants, "SAVE": self.save, "SEPARATE_OUT": separate, **dict(self.cell)}
@@ -357,7 +354,7 @@ def _candidates(problem: _Problem) -> Iterator[RecurrentPlan]:
     if problem.stacked and (problem.one_step or _wavefronts_spill(problem)):
         return
     for block_b in (8, 16, 32):
-        if block_b > 8 and block_b >= 2 * _power_of_two(problem.batch, 8):
+        if block_b > 16 and block_b >= 2 * _power_of_two(problem.batch, 16):
             continue
         whole = _power_of_two(padded(hidden), 16)
         if whole <= 128 and not problem.one_step and not problem.stacked:
@@ -366,16 +363,16 @@ def _candidates(problem: _Problem) -> Iterator[RecurrentPlan]:
         for tier in ("step",) if problem.one_step else in_loop:
             if problem.chains > 1 and tier != "persistent" and not problem.one_step:
                 continue  # where one chain leaves no room for another, the layers run one after another
-            for block_h, parts, fold in _teams(problem, tier):
+            for block_h, parts in _teams(problem, tier):
                 if block_h > 16 and block_h * parts >= 2 * padded(hidden):
                     continue
                 for stages in _stages(problem, tier):
-                    num_warps = _num_warps(problem, block_h * parts * fold)
-                    yield from _feasible(problem, tier, block_h, block_b, parts, num_warps, stages, fold)
+                    num_warps = _num_warps(problem, block_h * parts)
+                    yield from _feasible(problem, tier, block_h, block_b, parts, num_warps, stages)
 
 
-def _teams(problem: _Problem, tier: str) -> tuple[tuple[int, int, int], ...]:
-    """Units of a block, how many blocks share the products for theirs, and how many parts of K are rows of a product.
+def _teams(problem: _Problem, tier: str) -> tuple[tuple[int, int], ...]:
+    """Units of a block, and how many blocks share the products for theirs.
 
     Backward a block has only BLOCK_H rows of its own, and K is 4 HX: a team of blocks multiplies for all its units,
     each block a part of K. The matrix unit then gets 64 rows or 128, and a block reads a part of what was exchanged.
@@ -386,16 +383,8 @@ def _teams(problem: _Problem, tier: str) -> tuple[tuple[int, int, int], ...]:
         fit = problem.device.matrix_rows > 16 or (TUNED and problem.chains == 1)
         wide = problem.direction == "forward" and fit
         sizes = (16,) if _scalar_products(problem) else (16, 32, 64) if wide else (16, 32)
-        folded = ((8, 1, 2),) if _folds(problem, tier) else ()
-        return (*((block_h, 1, 1) for block_h in sizes), *folded)
-    return ((16, 4, 1),) if _scalar_products(problem) else ((16, 4, 1), (32, 2, 1), (32, 4, 1))
-
-
-def _folds(problem: _Problem, tier: str) -> bool:
-    """Whether a block of 8 units may fill the 64 rows of a wgmma with two parts of K: twice as many blocks then have
-    half the weights each, where the batch is too small to keep all multiprocessors busy otherwise."""
-    plain = tier == "persistent" and not problem.stacked and not problem.normed and not _scalar_products(problem)
-    return plain and problem.device.matrix_rows > 16 and padded(problem.hidden) % 16 == 0
+        return tuple((block_h, 1) for block_h in sizes)
+    return ((16, 4),) if _scalar_products(problem) else ((16, 4), (32, 2), (32, 4))
 
 
 def _max_registers(device: Device, crowded: bool = False) -> int | None:
@@ -494,7 +483,7 @@ def _scalar_products(problem: _Problem) -> bool:
 
 
 def _feasible(
-    problem: _Problem, tier: str, block_h: int, block_b: int, parts: int, num_warps: int, stages: int, fold: int = 1
+    problem: _Problem, tier: str, block_h: int, block_b: int, parts: int, num_warps: int, stages: int
 ) -> Iterator[RecurrentPlan]:
     device, hidden, element, sms = problem.device, problem.hidden, problem.element, problem.device.sms
     forward = problem.direction == "forward"
@@ -520,13 +509,13 @@ def _feasible(
         if shared > device.shared_bytes:
             return
     else:
-        depth = problem.depth // (parts * fold)
-        block_k = _block_k(problem, depth, tier, block_b * fold, threads)
+        depth = problem.depth // parts
+        block_k = _block_k(problem, depth, tier, block_b, threads)
         chunks = -(-depth // block_k)
-        rows = (4 * fold if forward else parts) * block_h
+        rows = (4 if forward else parts) * block_h
         chunk_bytes = rows * block_k * element
-        tile_bytes = block_k * block_b * fold * element
-        scratch = rows * block_b * fold * 4
+        tile_bytes = block_k * block_b * element
+        scratch = rows * block_b * 4
         if tile_bytes < 16 * threads and device.arch.startswith("sm_"):
             return  # a thread waits for whole runs of 16 bytes
         room = device.shared_bytes - scratch
@@ -574,7 +563,7 @@ def _feasible(
         chunks, resident, poll, num_warps, n_blocks, n_tiles, n_tiles, shared, problem.save, cost=_NO_COST,
         max_registers=_max_registers(device, not forward and tier != "single" and cells > 2),
         amd=device.arch.startswith("gfx"), hoist=_hoists(problem, tier),
-        chains=problem.chains, stacked=problem.stacked, stages=stages, fold=fold,
+        chains=problem.chains, stacked=problem.stacked, stages=stages,
     )  # fmt: skip
     most = problem.chains if tier == "step" else min(problem.chains, sms // n_blocks)
     if problem.stacked and most < problem.chains:
@@ -605,7 +594,7 @@ def _cost(problem: _Problem, plan: RecurrentPlan) -> StepCost:
     rate = device.fma_per_clock * (1.0 if element == 2 else 0.5)
     if problem.precision == "ieee" and element == 4:
         rate = 128 * 0.25  # CUDA cores, operands from shared memory
-    elif plan.block_h * (4 * plan.fold if problem.direction == "forward" else plan.parts) < device.matrix_rows:
+    elif plan.block_h * (4 if problem.direction == "forward" else plan.parts) < device.matrix_rows:
         rate *= 0.5
     matrix = multiply_adds / (rate * clock)
     shared = share * weight_bytes / (SHARED_BYTES_PER_CLOCK * clock)
@@ -666,8 +655,7 @@ def recurrent(
     """The fastest predicted plan of one recurrent kernel.
 
     ``direction`` is ``'forward'`` or ``'backward'``; ``overrides`` fixes fields of :class:`RecurrentPlan` (``tier``,
-    ``protocol``, ``block_h``, ``block_b``, ``block_k``, ``num_warps``, backward ``parts``, ``at_once``, ``stages``, forward
-    ``fold``, and
+    ``protocol``, ``block_h``, ``block_b``, ``block_k``, ``num_warps``, backward ``parts``, ``at_once``, ``stages``, and
     after the choice ``resident``, ``poll``, ``n_groups``). ``chains``: so many recurrences side by side, which need
     nothing of each other (directions, heads of H units); only plans that hold w_hh on chip, and those of one step, know
     them. ``stacked``: they are layers instead, each of which reads the one before it, and all run at once. ``normed``:
@@ -704,7 +692,8 @@ def _recurrent(
     normed: bool,
 ) -> RecurrentPlan | str:
     fixed = dict(overrides)
-    fixed.pop("parts" if direction == "forward" else "fold", None)
+    if direction == "forward":
+        fixed.pop("parts", None)
     block_k = fixed.pop("block_k", None)
     # A single step needs no exchange; every longer sequence is planned alike.
     asked = fixed.get("protocol")
@@ -859,7 +848,7 @@ def _kib(size: int) -> int:
     return -(-size // 1024)
 
 
-CHOICES = ("tier", "protocol", "block_h", "block_b", "num_warps", "parts", "at_once", "stages", "fold")
+CHOICES = ("tier", "protocol", "block_h", "block_b", "num_warps", "parts", "at_once", "stages")
 
 
 @functools.lru_cache(maxsize=4096)
