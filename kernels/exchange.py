@@ -36,7 +36,7 @@ STATUS_WORDS = tl.constexpr(4)
 TIMED_OUT = tl.constexpr(1)
 #: Slots that the turns of tagged words take one after another: README.md says why four are enough.
 TAGGED_SLOTS = tl.constexpr(4)
-#: Steps between `prepare` and the use of what it fetches: a fetch from memory takes less than one.
+#: Steps between `fetch` and the use of what it fetches: a fetch from memory takes less than one.
 DISTANCE = tl.constexpr(4)
 #: 32-bit words that L2 fetches together.
 SECTOR = tl.constexpr(8)
@@ -87,26 +87,27 @@ def look_program(count, pack, stride, ragged):
     """PTX of one thread's part of ``look``: reads its ``pack`` runs of 16 bytes of ``count`` tiles once.
 
     Operands, in runs of 4 words: the words of all tiles; pointers to those of the first tile, the others lie ``stride``
-    bytes apart; whether the last tile's run exists (``ragged`` only; else zero is returned); and a word without use.
+    bytes apart; whether the run's row exists, and whether the last tile's run does (``ragged`` only; what does not exist
+    is zero); and a word without use.
     """
     size = 4 * pack
-    lines = [".reg .pred exists;"]
+    lines = [".reg .pred exists, lasts;", *(f"mov.b32 ${n}, 0;" for n in range(count * size))]
     for run in range(pack):
+        lines.append(f"setp.ne.s32 exists, ${(count + 1) * size + run * 4}, 0;")
         for tile in range(count):
-            to = ", ".join(f"${tile * size + run * 4 + n}" for n in range(4))
-            guard = ""
+            guard = "exists"
             if ragged and tile == count - 1:
-                lines += [f"mov.b32 ${tile * size + run * 4 + n}, 0;" for n in range(4)]
-                lines.append(f"setp.ne.s32 exists, ${(count + 1) * size + run * 4}, 0;")
-                guard = "@exists "
+                lines.append(f"setp.ne.and.s32 lasts, ${(count + 2) * size + run * 4}, 0, exists;")
+                guard = "lasts"
+            to = ", ".join(f"${tile * size + run * 4 + n}" for n in range(4))
             at = f"[${count * size + run * 4}+{tile * stride}]"
-            lines.append(f"{guard}ld.relaxed.gpu.global.v4.b32 {{{to}}}, {at};")
+            lines.append(f"@{guard} ld.relaxed.gpu.global.v4.b32 {{{to}}}, {at};")
     return "{\n" + "\n".join(lines) + "\n}"
 
 
 @triton.constexpr_function
 def look_constraints(count, pack):
-    kinds = ["=&r"] * count + ["l", "r", "r"]
+    kinds = ["=&r"] * count + ["l", "r", "r", "r"]
     return ",".join(kind for kind in kinds for _ in range(4 * pack))
 
 
@@ -117,7 +118,8 @@ def poll_program(count, pack, stride, ragged, maybe):
     Operands, in runs of 4 words: the words of all tiles as they are at last, then as they were first read; pointers
     to those of the first tile, the others lie ``stride`` bytes apart; then, one a word too, whether to wait, whether
     the last tile's run exists (``ragged`` only); and pointers to the mark of a time-out and to the status record,
-    the step, and the limit; then, if ``maybe``, whether the words first read are these tiles' at all.
+    the step, and the limit; then, if ``maybe``, whether the words first read are these tiles' at all, and whether the
+    run's row exists.
     """
     size = 4 * pack
 
@@ -147,11 +149,11 @@ def poll_program(count, pack, stride, ragged, maybe):
     if maybe:
         lines += [f"setp.ne.s32 again, {given(count + 7)}, 0;", "@again bra poll;"]
         for tile, run in runs:
+            lines += [f"mov.b32 {word(tile, n, run)}, 0;" for n in range(4)]
+            lines.append(f"setp.ne.s32 lasts, {given(count + 8, run)}, 0;")
             if ragged and tile == count - 1:
-                lines += [f"mov.b32 {word(tile, n, run)}, 0;" for n in range(4)]
-                lines += [f"setp.ne.s32 lasts, {last(run)}, 0;", read(tile, run, "@lasts ")]
-            else:
-                lines.append(read(tile, run))
+                lines.append(f"setp.ne.and.s32 lasts, {last(run)}, 0, lasts;")
+            lines.append(read(tile, run, "@lasts "))
     lines.append("poll:")
     for tile, run in runs:
         # Only what is missing is read again: what has come would delay it, for this block and for the others. A run
@@ -171,7 +173,7 @@ def poll_program(count, pack, stride, ragged, maybe):
 
 @triton.constexpr_function
 def prefetch_program():
-    """PTX of ``prepare``: operands are a result of no meaning, pointer, predicate."""
+    """PTX of ``fetch``: operands are a result of no meaning, pointer, predicate."""
     return (
         "{\n.reg .pred wanted;\nsetp.ne.s32 wanted, $2, 0;\n@wanted prefetch.global.L2 [$1];\nmov.b32 $0, 0;\n}"
     )
@@ -274,7 +276,7 @@ def store_constraints(words):
 
 @triton.constexpr_function
 def poll_constraints(count, pack, maybe):
-    kinds = ["=&r"] * count + ["r"] * count + ["l", "r", "r", "l", "l", "r", "r"] + ["r"] * maybe
+    kinds = ["=&r"] * count + ["r"] * count + ["l", "r", "r", "l", "l", "r", "r"] + ["r"] * (2 * maybe)
     return ",".join(kind for kind in kinds for _ in range(4 * pack))
 
 
@@ -315,15 +317,20 @@ def publish(pointers, words, mask, AMD: tl.constexpr):
 
 
 @triton.jit
-def prepare(pointers, mask, PROTOCOL: tl.constexpr, AMD: tl.constexpr):
-    """Fetches into L2 what lies at ``pointers``, which will be published and polled some steps later.
-
-    Under ``FLAG`` every word was written once before the launch, and may have left for memory since.
-    """
-    if PROTOCOL == FLAG and not AMD:
+def fetch(pointers, mask, AMD: tl.constexpr):
+    """Fetches into L2 what lies at ``pointers``, which will be read some steps later."""
+    if not AMD:
         tl.inline_asm_elementwise(
             prefetch_program(), "=r,l,r", (pointers, mask.to(tl.int32)), dtype=tl.int32, is_pure=False, pack=1
         )
+
+
+@triton.jit
+def prepare(pointers, mask, PROTOCOL: tl.constexpr, AMD: tl.constexpr):
+    """:func:`fetch` of what will be published and polled: under ``FLAG`` every word was written once before the launch,
+    and may have left for memory since."""
+    if PROTOCOL == FLAG:
+        fetch(pointers, mask, AMD)
 
 
 @triton.jit
@@ -407,56 +414,61 @@ def _as_values(words, dtype: tl.constexpr):
 
 
 @triton.jit
-def _look(pointers, inside, SPAN: tl.constexpr, COUNT: tl.constexpr, WARPS: tl.constexpr, AMD: tl.constexpr):
-    """The words of ``COUNT`` tiles as they are now; of the last one zero where ``inside``, unless None, is false."""
+def _look(pointers, exists, inside, SPAN: tl.constexpr, COUNT: tl.constexpr, WARPS: tl.constexpr, AMD: tl.constexpr):
+    """The words of ``COUNT`` tiles as they are now; zero where ``exists``, and of the last one where ``inside``, unless
+    None, is false."""
     if AMD:
         words = _load_words(pointers, inside, SPAN, COUNT, AMD)
     else:
         # A load that never happens tells the compiler which words a thread should hold: runs of 16 bytes.
         never = tl.load(pointers, mask=tl.broadcast_to(tl.program_id(0) < 0, pointers.shape), other=0)
         pack: tl.constexpr = runs_a_thread(pointers.numel, WARPS)
-        exists = 1
+        last = 1
         if inside is not None:
-            exists = inside.to(tl.int32)
+            last = inside.to(tl.int32)
         words = tl.inline_asm_elementwise(
             look_program(COUNT, pack, 4 * SPAN, inside is not None), look_constraints(COUNT, pack),
-            (pointers, exists, never), dtype=int32s(COUNT), is_pure=False, pack=4 * pack,
+            (pointers, exists.to(tl.int32), last, never), dtype=int32s(COUNT), is_pure=False, pack=4 * pack,
         )  # fmt: skip
     return words
 
 
 @triton.jit
-def look(reads, inside, WARPS: tl.constexpr, AMD: tl.constexpr):
-    """The words of one tile as they are now, zero where ``inside`` (as in :func:`receive`) is false: a tuple."""
+def look(reads, exists, inside, WARPS: tl.constexpr, AMD: tl.constexpr):
+    """The words of one tile as they are now, zero where ``exists`` or ``inside`` (of :func:`receive`) is false: a tuple."""
     pointers = tl.expand_dims(reads, -1) + tl.arange(0, 4)
-    return _look(pointers, tl.broadcast_to(tl.expand_dims(inside, -1), pointers.shape), 0, 1, WARPS, AMD)
+    exists = tl.broadcast_to(tl.expand_dims(exists, -1), pointers.shape)
+    inside = tl.broadcast_to(tl.expand_dims(inside, -1), pointers.shape)
+    return _look(pointers, exists, inside, 0, 1, WARPS, AMD)
 
 
 @triton.jit
 def receive(
-    reads, wanted, inside, mark, status, step, spin_limit, dtype: tl.constexpr,
+    reads, exists, wanted, inside, mark, status, step, spin_limit, dtype: tl.constexpr,
     SPAN: tl.constexpr, COUNT: tl.constexpr, PROTOCOL: tl.constexpr, AMD: tl.constexpr, WARPS: tl.constexpr,
     seen=None, is_seen=None,
 ):  # fmt: skip
     """A tuple of ``COUNT`` tiles ``[..., R * n]``; under ``FLAG``, once every wanted word has arrived.
 
     ``reads`` [..., R] points to the first tile's runs of 16 bytes (``n`` values) as int32; a tile lies ``SPAN`` words
-    after the one before. Where ``wanted`` (of a shape that broadcasts) is false nothing is waited for; ``inside``,
+    after the one before. Where ``exists`` (of a shape that broadcasts) is false, and ``wanted`` is then, nothing need be
+    read: many rows that repeat one would crowd where it lies. Where ``wanted`` is false nothing is waited for; ``inside``,
     None or likewise, says which reads of the last tile exist: the others are zero. ``seen`` (``FLAG``, not AMD; one
     tile): what :func:`look` returned for this tile, if the scalar ``is_seen`` is true, or for another. Then no look at
     the words is left to the compiler, which would make copies of its own of them in a loop that it pipelines.
     """
     pointers = tl.expand_dims(reads, -1) + tl.arange(0, 4)
     wanted = tl.broadcast_to(tl.expand_dims(wanted, -1), pointers.shape)
+    exists = tl.broadcast_to(tl.expand_dims(exists, -1), pointers.shape)
     if inside is not None:
         inside = tl.broadcast_to(tl.expand_dims(inside, -1), pointers.shape)
     MAYBE: tl.constexpr = seen is not None
     if MAYBE:
         words = seen
-        is_seen = (tl.where(is_seen, 1, 0),)
+        is_seen = (tl.where(is_seen, 1, 0), exists.to(tl.int32))
     else:
         if PROTOCOL == FLAG:
-            words = _look(pointers, inside, SPAN, COUNT, WARPS, AMD)
+            words = _look(pointers, exists, inside, SPAN, COUNT, WARPS, AMD)
         else:
             words = _load_words(pointers, inside, SPAN, COUNT, AMD)
         is_seen = ()

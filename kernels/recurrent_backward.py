@@ -41,7 +41,7 @@ def _reads(later_words, column_begin, column_end, WORD: tl.constexpr, COUNT: tl.
 
 @triton.jit
 def _multiply(
-    weights, later_words, column_begin, column_end, waiting, mark, status, step, spin_limit, acc, dtype: tl.constexpr,
+    weights, later_words, column_begin, column_end, exists, waiting, mark, status, step, spin_limit, acc, dtype: tl.constexpr,
     FIRST: tl.constexpr, COUNT: tl.constexpr, RAGGED: tl.constexpr, BLOCK_K: tl.constexpr, PROTOCOL: tl.constexpr,
     AMD: tl.constexpr, WARPS: tl.constexpr, PRECISION: tl.constexpr, seen=None, is_seen=None,
 ):  # fmt: skip
@@ -50,13 +50,14 @@ def _multiply(
     ``RAGGED``: the last of these chunks may reach beyond ``column_end``. ``seen``, ``is_seen``: of
     :func:`exchange.receive`. """
     WORD: tl.constexpr = 32 // dtype.primitive_bitwidth  # values in one
-    reads, exist = _reads(later_words, column_begin, column_end, WORD, COUNT, BLOCK_K)
+    reads, within = _reads(later_words, column_begin, column_end, WORD, COUNT, BLOCK_K)
     inside = None
     if RAGGED:
-        inside = exist
-    wanted = tl.broadcast_to(waiting, reads.shape)
+        inside = within
+    exists = tl.broadcast_to(exists[:, None], reads.shape)
+    wanted = exists & waiting
     tiles = exchange.receive(
-        reads, wanted, inside, mark, status, step, spin_limit, dtype, BLOCK_K // WORD, COUNT, PROTOCOL, AMD, WARPS,
+        reads, exists, wanted, inside, mark, status, step, spin_limit, dtype, BLOCK_K // WORD, COUNT, PROTOCOL, AMD, WARPS,
         seen, is_seen,
     )  # fmt: skip
     for j in tl.static_range(COUNT):
@@ -66,7 +67,7 @@ def _multiply(
 
 @triton.jit
 def _from_above(
-    weights, words, depth_begin, depth_end, mark, status, step, spin_limit, dtype: tl.constexpr, CHUNKS: tl.constexpr,
+    weights, words, depth_begin, depth_end, exists, mark, status, step, spin_limit, dtype: tl.constexpr, CHUNKS: tl.constexpr,
     POLL: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
     PROTOCOL: tl.constexpr, AMD: tl.constexpr, WARPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -75,7 +76,7 @@ def _from_above(
     acc = tl.zeros((ROWS, BLOCK_B), tl.float32)
     for first in tl.static_range(0, CHUNKS, POLL):
         acc = _multiply(
-            weights, words, depth_begin + first * BLOCK_K, depth_end, waiting, mark, status, step, spin_limit, acc,
+            weights, words, depth_begin + first * BLOCK_K, depth_end, exists, waiting, mark, status, step, spin_limit, acc,
             dtype, first, POLL if first + POLL <= CHUNKS else CHUNKS - first,
             first + POLL >= CHUNKS and CHUNKS * BLOCK_K > DEPTH, BLOCK_K, PROTOCOL, AMD, WARPS, PRECISION,
         )  # fmt: skip
@@ -274,8 +275,10 @@ def recurrent_backward(
     turn = tl.full((), 0, tl.int32)
     alive = tl.full((), 1, tl.int32)
     for tile in range(group, n_tiles, tl.num_programs(1)):
-        # What lies beyond the batch repeats its last row and is not stored: reads need no mask.
-        b = tl.minimum(tile * BLOCK_B + tl.arange(0, BLOCK_B), B - 1)
+        # What lies beyond the batch has the addresses of its last row and is not stored.
+        b = tile * BLOCK_B + tl.arange(0, BLOCK_B)
+        exists = b < B
+        b = tl.minimum(b, B - 1)
         b_of_cell = layout.batch_of_cells(tile * BLOCK_B, BLOCK_B)
         in_batch = b_of_cell < B
         inside = (unit_of_cell < H) & in_batch
@@ -360,6 +363,17 @@ def recurrent_backward(
                 acc = tl.dot(weights[1], layout.matrix(own_f, BLOCK_H, BLOCK_B), acc, input_precision=PRECISION)
                 acc = tl.dot(weights[2], layout.matrix(own_g, BLOCK_H, BLOCK_B), acc, input_precision=PRECISION)
                 acc = tl.dot(weights[3], layout.matrix(own_o, BLOCK_H, BLOCK_B), acc, input_precision=PRECISION)
+                # A step of a single block is shorter than a fetch from memory.
+                far_t = t + direction * exchange.DISTANCE
+                far = far_t.to(tl.int64) * B + b_of_cell
+                soon = stored & (step + exchange.DISTANCE < step_end)
+                begins = unit_of_cell * (4 // WORD) % exchange.SECTOR == 0
+                exchange.fetch(gates_ptr + far * (4 * ROW) + unit_of_cell * 4, soon & begins, AMD)
+                begins = unit_of_cell % exchange.SECTOR == 0
+                exchange.fetch(cells_ptr + far * ROW + unit_of_cell, soon & begins, AMD)
+                if grad_out_ptr is not None:
+                    far = far_t.to(tl.int64) * grad_out_stride_t + b_of_cell.to(tl.int64) * grad_out_stride_b
+                    exchange.fetch(grad_out_ptr + far * H + unit_of_cell, soon & begins & shown, AMD)
             else:
                 if STACKED:
                     from_above = tl.zeros((ROWS, BLOCK_B), tl.float32)
@@ -371,7 +385,7 @@ def recurrent_backward(
                         )
                         above_words = grad_gates_words + 4 * HX // WORD + (t.to(tl.int64) * B + b) * (4 * ROW // WORD)
                         from_above = _from_above(
-                            above_weights, above_words, depth_begin, depth_end, counter_ptr, status_ptr, step,
+                            above_weights, above_words, depth_begin, depth_end, exists, counter_ptr, status_ptr, step,
                             spin_limit, dtype, RESIDENT, POLL, DEPTH, ROWS, BLOCK_B, BLOCK_K, PROTOCOL, AMD, WARPS,
                             PRECISION,
                         )  # fmt: skip
@@ -384,7 +398,7 @@ def recurrent_backward(
                 acc = tl.zeros((ROWS, BLOCK_B), tl.float32)
                 for first in tl.static_range(0, RESIDENT, POLL):
                     acc = _multiply(
-                        weights, later_words, depth_begin + first * BLOCK_K, depth_end, waiting, counter_ptr,
+                        weights, later_words, depth_begin + first * BLOCK_K, depth_end, exists, waiting, counter_ptr,
                         status_ptr, step, spin_limit, acc, dtype, first,
                         POLL if first + POLL <= RESIDENT else RESIDENT - first,
                         first + POLL >= RESIDENT and RESIDENT * BLOCK_K > DEPTH,
@@ -396,8 +410,8 @@ def recurrent_backward(
                         tl.debug_barrier()
                 seen = None
                 if STAGES > 1 and PROTOCOL == exchange.FLAG:
-                    reads, exist = _reads(later_words, depth_begin + RESIDENT * BLOCK_K, depth_end, WORD, 1, BLOCK_K)
-                    seen = exchange.look(reads, exist, WARPS, AMD)
+                    reads, within = _reads(later_words, depth_begin + RESIDENT * BLOCK_K, depth_end, WORD, 1, BLOCK_K)
+                    seen = exchange.look(reads, tl.broadcast_to(exists[:, None], reads.shape), within, WARPS, AMD)
                 for chunk in tl.range(
                     RESIDENT, N_CHUNKS, num_stages=None if STAGES == 1 else STAGES, disable_licm=STAY
                 ):
@@ -405,7 +419,7 @@ def recurrent_backward(
                     # As they are: to be rounded they would have to pass through registers.
                     streamed = (_weight_chunk(w_ptr, team_begin, k, depth_end, H, HX, ROWS, BLOCK_K, "ieee"),)
                     acc = _multiply(
-                        streamed, later_words, k, depth_end, waiting, counter_ptr, status_ptr, step, spin_limit, acc,
+                        streamed, later_words, k, depth_end, exists, waiting, counter_ptr, status_ptr, step, spin_limit, acc,
                         dtype, 0, 1, N_CHUNKS * BLOCK_K > DEPTH, BLOCK_K, PROTOCOL, AMD, WARPS, PRECISION,
                         seen, chunk == RESIDENT,
                     )  # fmt: skip

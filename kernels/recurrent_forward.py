@@ -29,7 +29,7 @@ def _reads(state_words, k_begin, WORD: tl.constexpr, COUNT: tl.constexpr, HX: tl
 
 @triton.jit
 def _multiply(
-    weights, state_words, k_begin, waiting, mark, status, step, spin_limit, acc, dtype: tl.constexpr,
+    weights, state_words, k_begin, exists, waiting, mark, status, step, spin_limit, acc, dtype: tl.constexpr,
     FIRST: tl.constexpr, COUNT: tl.constexpr, RAGGED: tl.constexpr, HX: tl.constexpr, BLOCK_B: tl.constexpr,
     BLOCK_K: tl.constexpr, PROTOCOL: tl.constexpr, AMD: tl.constexpr, WARPS: tl.constexpr, PRECISION: tl.constexpr,
     seen=None, is_seen=None,
@@ -39,13 +39,14 @@ def _multiply(
     ``RAGGED``: the last of these chunks of h may reach beyond HX. ``seen``, ``is_seen``: of :func:`exchange.receive`.
     """
     WORD: tl.constexpr = 32 // dtype.primitive_bitwidth  # values in one
-    reads, exist = _reads(state_words, k_begin, WORD, COUNT, HX, BLOCK_K)
+    reads, within = _reads(state_words, k_begin, WORD, COUNT, HX, BLOCK_K)
     inside = None
     if RAGGED:
-        inside = exist
+        inside = within
+    exists = tl.broadcast_to(exists[:, None], reads.shape)
     wanted = tl.broadcast_to(waiting[:, None], reads.shape)
     tiles = exchange.receive(
-        reads, wanted, inside, mark, status, step, spin_limit, dtype, BLOCK_K // WORD, COUNT, PROTOCOL, AMD, WARPS,
+        reads, exists, wanted, inside, mark, status, step, spin_limit, dtype, BLOCK_K // WORD, COUNT, PROTOCOL, AMD, WARPS,
         seen, is_seen,
     )  # fmt: skip
     for j in tl.static_range(COUNT):
@@ -55,15 +56,14 @@ def _multiply(
 
 @triton.jit
 def _add_below(
-    acc, weights, words, mark, status, step, spin_limit, dtype: tl.constexpr, CHUNKS: tl.constexpr, POLL: tl.constexpr,
+    acc, weights, words, exists, mark, status, step, spin_limit, dtype: tl.constexpr, CHUNKS: tl.constexpr, POLL: tl.constexpr,
     HX: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, PROTOCOL: tl.constexpr, AMD: tl.constexpr,
     WARPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``acc`` plus the products of w_ih with the h that the layer below has of this step."""
-    waiting = tl.full((BLOCK_B,), 1, tl.int1)
     for first in tl.static_range(0, CHUNKS, POLL):
         acc = _multiply(
-            weights, words, first * BLOCK_K, waiting, mark, status, step, spin_limit, acc, dtype, first,
+            weights, words, first * BLOCK_K, exists, exists, mark, status, step, spin_limit, acc, dtype, first,
             POLL if first + POLL <= CHUNKS else CHUNKS - first, first + POLL >= CHUNKS and CHUNKS * BLOCK_K > HX,
             HX, BLOCK_B, BLOCK_K, PROTOCOL, AMD, WARPS, PRECISION,
         )  # fmt: skip
@@ -207,8 +207,10 @@ def recurrent_forward(
 
     alive = tl.full((), 1, tl.int32)
     for tile in range(group, n_tiles, tl.num_programs(1)):
-        # What lies beyond the batch repeats its last row and is not stored: reads need no mask.
-        b = tl.minimum(tile * BLOCK_B + tl.arange(0, BLOCK_B), B - 1)
+        # What lies beyond the batch has the addresses of its last row and is not stored.
+        b = tile * BLOCK_B + tl.arange(0, BLOCK_B)
+        exists = b < B
+        b = tl.minimum(b, B - 1)
         b_of_cell = layout.batch_of_cells(tile * BLOCK_B, BLOCK_B)
         in_batch = b_of_cell < B
         inside = (unit_of_cell < H) & in_batch
@@ -255,6 +257,12 @@ def recurrent_forward(
                 if h_scale_ptr is not None:
                     own = (own.to(tl.float32) * h_scale).to(dtype)
                 acc = tl.dot(weights[0], layout.matrix(own, BLOCK_H, BLOCK_B), acc, input_precision=PRECISION)
+                # A step of a single block is shorter than a fetch from memory.
+                far = (t + direction * exchange.DISTANCE).to(tl.int64) * B + b_of_cell
+                begins = stored & (unit_of_cell * (4 // WORD) % exchange.SECTOR == 0)
+                exchange.fetch(
+                    gates_ptr + far * (4 * ROW) + unit_of_cell * 4, begins & (step + exchange.DISTANCE < step_end), AMD
+                )
             else:
                 if STACKED:  # noqa: SIM102 - decided when compiled, unlike the one inside
                     if chain > 0:
@@ -265,7 +273,7 @@ def recurrent_forward(
                         )
                         below_words = exchange_words - HX // WORD + (t.to(tl.int64) * B + b) * (ROW // WORD)
                         acc = _add_below(
-                            acc, below_weights, tl.multiple_of(below_words, 16), counter_ptr, status_ptr, step,
+                            acc, below_weights, tl.multiple_of(below_words, 16), exists, counter_ptr, status_ptr, step,
                             spin_limit, dtype, RESIDENT, POLL, HX, BLOCK_B, BLOCK_K, PROTOCOL, AMD, WARPS, PRECISION,
                         )  # fmt: skip
                 alive = exchange.await_count(counter, n_blocks, step, alive, status_ptr, step, spin_limit, PROTOCOL)
@@ -280,10 +288,10 @@ def recurrent_forward(
                     fresh = fresh | cut_rows
                     entering = tl.where(cut_rows, h0_words + B.to(tl.int64) * (HX // WORD), entering)
                 state_words = tl.multiple_of(entering, 16)
-                waiting = fresh == 0
+                waiting = exists & (fresh == 0)
                 for first in tl.static_range(0, RESIDENT, POLL):
                     acc = _multiply(
-                        weights, state_words, first * BLOCK_K, waiting, counter_ptr, status_ptr, step, spin_limit, acc,
+                        weights, state_words, first * BLOCK_K, exists, waiting, counter_ptr, status_ptr, step, spin_limit, acc,
                         dtype, first, POLL if first + POLL <= RESIDENT else RESIDENT - first,
                         first + POLL >= RESIDENT and RESIDENT * BLOCK_K > HX,
                         HX, BLOCK_B, BLOCK_K, PROTOCOL, AMD, WARPS, PRECISION,
@@ -294,8 +302,8 @@ def recurrent_forward(
                         tl.debug_barrier()
                 seen = None
                 if STAGES > 1 and PROTOCOL == exchange.FLAG:
-                    reads, exist = _reads(state_words, RESIDENT * BLOCK_K, WORD, 1, HX, BLOCK_K)
-                    seen = exchange.look(reads, exist, WARPS, AMD)
+                    reads, within = _reads(state_words, RESIDENT * BLOCK_K, WORD, 1, HX, BLOCK_K)
+                    seen = exchange.look(reads, tl.broadcast_to(exists[:, None], reads.shape), within, WARPS, AMD)
                 for chunk in tl.range(
                     RESIDENT, N_CHUNKS, num_stages=None if STAGES == 1 else STAGES, disable_licm=STAY
                 ):
@@ -303,7 +311,7 @@ def recurrent_forward(
                     # As they are: to be rounded they would have to pass through registers.
                     streamed = (_weight_chunk(w_ptr, unit_begin, k, H, HX, BLOCK_H, "ieee"),)
                     acc = _multiply(
-                        streamed, state_words, chunk * BLOCK_K, waiting, counter_ptr, status_ptr, step, spin_limit, acc,
+                        streamed, state_words, chunk * BLOCK_K, exists, waiting, counter_ptr, status_ptr, step, spin_limit, acc,
                         dtype, 0, 1, N_CHUNKS * BLOCK_K > HX, HX, BLOCK_B, BLOCK_K, PROTOCOL, AMD, WARPS, PRECISION,
                         seen, chunk == RESIDENT,
                     )  # fmt: skip

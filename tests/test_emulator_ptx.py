@@ -110,7 +110,7 @@ BASE, MARK, STATUS = 0x1000, 0x9000, 0xA000
 
 def poll(memory: Memory, count: int = 2, lanes: int = 2, wanted: int = 1, last: int | None = None, limit: int = 1000,
          first: dict[int, int] | None = None, apart: int = 4,
-         is_seen: int | None = None) -> list[list[list[int]]]:  # fmt: skip
+         is_seen: int | None = None, exists: int = 1) -> list[list[list[int]]]:  # fmt: skip
     """Runs ``poll_program`` for ``lanes`` runs of ``count`` tiles 256 bytes apart; words by lane and tile."""
     memory.words.update({MARK: memory.words.get(MARK, 0), **{STATUS + 4 * n: 0 for n in range(4)}})
     registers: dict[str, np.ndarray] = {}
@@ -132,6 +132,7 @@ def poll(memory: Memory, count: int = 2, lanes: int = 2, wanted: int = 1, last: 
     give([np.full(lanes, limit, np.uint32)] * 4)
     if is_seen is not None:
         give([np.full(lanes, is_seen, np.uint32)] * 4)
+        give([np.full(lanes, exists, np.uint32)] * 4)
     program = exchange.poll_program(count, 1, 256, last is not None, is_seen is not None)
     after = run(program, lanes, memory, **registers)
     return [
@@ -176,13 +177,16 @@ def test_only_the_run_that_is_missing_is_read_again() -> None:
     assert memory.reads >= 40
 
 
-def look(memory: Memory, lanes: int = 2, exists: int | None = None) -> list[list[list[int]]]:
+def look(
+    memory: Memory, lanes: int = 2, last: int | None = None, exists: int = 1
+) -> list[list[list[int]]]:
     """Runs ``look_program`` as :func:`poll` does."""
     run_at = [BASE + 16 * lane for lane in range(lanes)]
     given = [np.uint64([at + 4 * n for at in run_at]) for n in range(4)]
-    given += [np.full(lanes, 1 if exists is None else exists, np.uint32)] * 4 + [np.zeros(lanes, np.uint32)] * 4
+    given += [np.full(lanes, exists, np.uint32)] * 4 + [np.full(lanes, 1 if last is None else last, np.uint32)] * 4
+    given += [np.zeros(lanes, np.uint32)] * 4
     registers = {f"_{8 + n}": value for n, value in enumerate(given)}
-    after = run(exchange.look_program(2, 1, 256, exists is not None), lanes, memory, **registers)
+    after = run(exchange.look_program(2, 1, 256, last is not None), lanes, memory, **registers)
     return [[[int(after[f"${4 * tile + n}"][lane]) for n in range(4)] for tile in range(2)] for lane in range(lanes)]
 
 
@@ -194,8 +198,14 @@ def test_a_look_returns_words_as_they_are() -> None:
 
 def test_a_look_at_a_tile_that_ends_returns_zeros() -> None:
     there = {at: word for at, word in words().items() if at < BASE + 256}
-    assert look(Memory(there), exists=0) == [[EXPECTED[lane][0], [0, 0, 0, 0]] for lane in range(2)]
-    assert look(Memory(words()), exists=1) == EXPECTED
+    assert look(Memory(there), last=0) == [[EXPECTED[lane][0], [0, 0, 0, 0]] for lane in range(2)]
+    assert look(Memory(words()), last=1) == EXPECTED
+
+
+@pytest.mark.parametrize("last", [None, 0, 1])
+def test_a_row_beyond_the_batch_is_not_read(last: int | None) -> None:
+    memory = Memory({})
+    assert look(memory, last=last, exists=0) == [[[0] * 4] * 2] * 2
 
 
 @pytest.mark.parametrize("ragged", [False, True])
@@ -272,6 +282,10 @@ def test_words_of_another_tile_are_read_anew(last: int | None) -> None:
     expected = [[tile if last != 0 or n == 0 else [0] * 4 for n, tile in enumerate(lane)] for lane in EXPECTED]
     assert poll(Memory(words()), first=stale, last=last, is_seen=0) == expected
     assert poll(Memory(words()), first=stale, last=last, is_seen=1) == [[[9] * 4] * 2] * 2
+
+
+def test_a_row_beyond_the_batch_is_not_read_anew() -> None:
+    assert poll(Memory({}), first=dict.fromkeys(words(), 9), wanted=0, is_seen=0, exists=0) == [[[0] * 4] * 2] * 2
 
 
 def test_words_of_another_tile_are_waited_for_as_well() -> None:

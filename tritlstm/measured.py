@@ -43,7 +43,10 @@ class Constants:
     counter_us: float = 1.00  # counter barrier of 132 blocks on an H100
     l2_latency_us: float = 0.17  # intercept of "8, 16, 24 KB from L2 to shared memory in 0.30, 0.50, 0.58 µs" (H100)
     sm_l2_bytes_per_us: float = 57e3  # slope of the same
-    cell_us: float = 0.15
+    cell_us: float = 0.15  # forward: gates, cell, stores
+    grad_us: float = 0.15  # backward: the same
+    parts_us: float = 0.0  # backward: what the second hand-off takes longer than the first
+    turn_us: float = 0.0  # a single block: a product's operand to shared memory and its result back
     fence_us: float = 0.04  # between the products of two chunks: the wait for the first and a fence
     launch_us: float = 5.0
     #: Where measured values came from; None: none of these is measured.
@@ -59,6 +62,9 @@ class Constants:
 RATES = ("clock_ghz", "l2_bytes_per_us", "memory_bytes_per_us")
 NAMES = (*(field.name for field in dataclasses.fields(Constants) if field.name != "measurement"), *RATES)
 DATA_SHEET = Constants()
+#: Of the SMs of an H100 and an H200: fitted to 181 kernels on an H200 (kernels/README.md, section 4).
+HOPPER = Constants(flag_us=0.40, l2_latency_us=0.108, sm_l2_bytes_per_us=46.7e3, cell_us=0.524, grad_us=0.266,
+                   parts_us=0.764, turn_us=0.25, fence_us=0.0037)  # fmt: skip
 
 
 class MeasuredError(ValueError):

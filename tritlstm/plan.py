@@ -77,7 +77,7 @@ def _table() -> dict[str, Device]:
         Device("A100", "sm_80", 108, 163 << 10, 1.41, 1024, 4.0e6, 1.55e6),
         Device("RTX 3090", "sm_86", 82, 99 << 10, 1.70, 512, 2.0e6, 0.93e6),
         Device("RTX 4090", "sm_89", 128, 99 << 10, 2.52, 512, 5.0e6, 1.0e6),
-        Device("H100", "sm_90", 132, 227 << 10, 1.755, 2048, 5.5e6, 3.35e6, matrix_rows=64),
+        Device("H100", "sm_90", 132, 227 << 10, 1.755, 2048, 4.76e6, 3.35e6, matrix_rows=64, constants=measured.HOPPER),
         Device("B200", "sm_100", 148, 227 << 10, 1.85, 4096, 8.0e6, 7.7e6, matrix_rows=64),
         Device("RTX 5090", "sm_120", 170, 99 << 10, 2.41, 512, 6.0e6, 1.79e6),
         Device("MI250X", "gfx90a", 104, 64 << 10, 1.70, 512, 3.5e6, 1.6e6, warp_size=64),
@@ -342,6 +342,8 @@ def _block_k(problem: _Problem, depth: int, tier: str, block_b: int, threads: in
     chunks = [size // problem.element for size in (1024, 512, 256)]
     if tier != "persistent":
         return chunks[-1]
+    if block_b < 16:
+        return 128  # measured: longer ones took up to half as long again
     received = {chunk: chunk * block_b * problem.element / 4 / threads for chunk in chunks}
     # Without wgmma, the operands of a product pass through registers as well.
     most = RECEIVED_REGISTERS / (2 if problem.device.matrix_rows > 16 else 4) / (2 if problem.stacked else 1)
@@ -353,7 +355,7 @@ def _candidates(problem: _Problem) -> Iterator[RecurrentPlan]:
     hidden = problem.hidden
     if problem.stacked and (problem.one_step or _wavefronts_spill(problem)):
         return
-    for block_b in (8, 16, 32):
+    for block_b in (8, 16, 32) if problem.device.arch in ("sm_90", "emulated") else (16, 32):
         if block_b > 16 and block_b >= 2 * _power_of_two(problem.batch, 16):
             continue
         whole = _power_of_two(padded(hidden), 16)
@@ -430,8 +432,10 @@ def _stages(problem: _Problem, tier: str) -> tuple[int, ...]:
     arch = problem.device.arch
     if not streams or arch.startswith("gfx") or _scalar_products(problem):
         return (1,)
-    if tier == "streaming" and problem.device.matrix_rows > 16 and arch not in ("sm_90", "emulated"):
-        return (1,)  # for tcgen05 the compiler would run the polls ahead as well, and fails
+    if tier == "streaming" and problem.device.matrix_rows > 16 and arch != "emulated":
+        # For tcgen05 the compiler would run the polls ahead as well, and fails. On an H200 the pipeline was at best as fast
+        # as the loop with as many chunks on chip, and it takes the room of two or three of them.
+        return (1,)
     return (STAGES, 1) if TUNED else (1,)  # where every configuration was compiled
 
 
@@ -597,7 +601,13 @@ def _cost(problem: _Problem, plan: RecurrentPlan) -> StepCost:
     elif plan.block_h * (4 if problem.direction == "forward" else plan.parts) < device.matrix_rows:
         rate *= 0.5
     matrix = multiply_adds / (rate * clock)
-    shared = share * weight_bytes / (SHARED_BYTES_PER_CLOCK * clock)
+    # A warp group reads 64 rows of weights and, twice over, the tile that it multiplies them with (measured on sm_90).
+    rows_of_product = plan.block_h * (4 if problem.direction == "forward" else plan.parts)
+    tiles_read = 2 * math.ceil(rows_of_product / 64) * plan.block_b * contracted * (depth // problem.hidden) * element
+    per_clock = SHARED_BYTES_PER_CLOCK
+    if plan.block_b < 16 and device.matrix_rows > 16:
+        per_clock //= 2  # no wgmma is that narrow: weights pass through registers
+    shared = (share * weight_bytes + tiles_read / plan.parts) / (per_clock * clock)
     read = rows * depth // plan.parts * element
     receptions = math.ceil(plan.resident / plan.poll)
     # Of a pipeline only the first chunk is waited for: to copy one takes longer than to wait for h.
@@ -612,7 +622,7 @@ def _cost(problem: _Problem, plan: RecurrentPlan) -> StepCost:
     if plan.parts > 1:
         taken = plan.parts * plan.block_h * rows * 8  # 64-bit words
         copied = max(taken / known.sm_l2_bytes_per_us, blocks * taken / device.l2_bytes_per_us)
-        parts = known.flag_us + known.l2_latency_us + copied
+        parts = known.parts_us + known.flag_us + known.l2_latency_us + copied
     if problem.normed and plan.tier != "single":
         # Twice two numbers a row from every block.
         taken = -(-padded(problem.hidden) // plan.block_h) * 2 * rows * 8
@@ -621,7 +631,9 @@ def _cost(problem: _Problem, plan: RecurrentPlan) -> StepCost:
     left = (1.0 - share) * weight_bytes
     streamed = max(left / known.sm_l2_bytes_per_us, blocks * left / device.l2_bytes_per_us)
     hand_off = {"none": 0.0, "counter": known.counter_us, "flag": known.flag_us}[plan.protocol]
-    cell = known.cell_us + rows * plan.block_h * 4e-5 / plan.num_warps
+    forward = problem.direction == "forward"
+    cells = plan.block_h * plan.block_b / (32 * plan.num_warps)  # a thread; the constants are those of two
+    cell = (known.cell_us if forward else known.grad_us) * (0.5 + 0.25 * cells)
     prefill = 0.0
     if plan.protocol == "flag":
         prefill = rows * plan.n_groups * plan.at_once * depth * element / device.memory_bytes_per_us
@@ -629,6 +641,8 @@ def _cost(problem: _Problem, plan: RecurrentPlan) -> StepCost:
         copy, matrix, shared = 2 * copy, 2 * matrix, 2 * shared
     launch = known.launch_us if plan.tier == "step" and not problem.one_step else 0.0
     weights = max(matrix, shared) + known.fence_us * plan.chunks * (2 if plan.stacked else 1)
+    if plan.tier == "single":
+        weights += known.turn_us * (1 if forward else 4)
     return StepCost(
         hand_off, copy * waves, parts * waves, weights * waves, streamed * waves, cell * waves, launch, prefill
     )
