@@ -24,7 +24,7 @@ from .. import layer, measured, plan
 from ..kernels.launch import Launch
 
 #: What is fitted; of it, what the timings determine. The bandwidth of memory has too small a part in a step.
-FITTED = ("flag_us", "counter_us", "l2_latency_us", "sm_l2_bytes_per_us", "cell_us", "grad_us", "parts_us", "turn_us",
+FITTED = ("flag_us", "counter_us", "l2_latency_us", "sm_l2_bytes_per_us", "cell_us", "grad_us", "parts_us",
           "fence_us", "launch_us", "l2_bytes_per_us", "clock_ghz")  # fmt: skip
 #: Largest standard error of a constant that counts as determined: a part of it or of the data sheet's, if larger.
 DETERMINED = 0.25

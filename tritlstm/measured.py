@@ -45,8 +45,8 @@ class Constants:
     sm_l2_bytes_per_us: float = 57e3  # slope of the same
     cell_us: float = 0.15  # forward: gates, cell, stores
     grad_us: float = 0.15  # backward: the same
-    parts_us: float = 0.0  # backward: what the second hand-off takes longer than the first
-    turn_us: float = 0.0  # a single block: a product's operand to shared memory and its result back
+    parts_us: float = 0.15  # backward: what the second hand-off takes longer than the first
+    turn_us: float = 0.05  # a single block: a product's operand to shared memory and its result back
     fence_us: float = 0.04  # between the products of two chunks: the wait for the first and a fence
     launch_us: float = 5.0
     #: Where measured values came from; None: none of these is measured.
@@ -92,9 +92,10 @@ class Measurement:
 
     def apply(self, device: Any) -> Any:
         """A `plan.Device` with the measured values in the place of the data sheet's."""
-        own = {name: value for name, value in self.constants.items() if name not in RATES}
-        rates = {name: value for name, value in self.constants.items() if name in RATES}
-        return dataclasses.replace(device, constants=Constants(**own, measurement=self), **rates)
+        own: Any = {name: value for name, value in self.constants.items() if name not in RATES}
+        rates: Any = {name: value for name, value in self.constants.items() if name in RATES}
+        constants: Any = dataclasses.replace(device.constants, **own, measurement=self)
+        return dataclasses.replace(device, constants=constants, **rates)
 
     def write(self, path: Path) -> None:
         content = {k: v for k, v in dataclasses.asdict(self).items() if k != "path" and (k != "fit" or v)}
