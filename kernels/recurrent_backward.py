@@ -318,9 +318,9 @@ def recurrent_backward(
         own_f = own_i
         own_g = own_i
         own_o = own_i
-        shown = inside
+        visible = inside  # what grad_out has
         if STACKED:
-            shown = inside & (chain == CHAINS - 1)
+            visible = inside & (chain == CHAINS - 1)
         first_t = t_begin + direction * step_begin
         gates_ahead, c_ahead = _saved(
             gates_ptr, cells_ptr, first_t, direction, step_begin < step_end, length, B, b_of_cell, unit_of_cell, stored,
@@ -328,7 +328,7 @@ def recurrent_backward(
         )  # fmt: skip
         if grad_out_ptr is not None:
             upstream = _upstream(
-                grad_out_ptr, first_t, grad_out_stride_t, grad_out_stride_b, b_of_cell, unit_of_cell, shown, H
+                grad_out_ptr, first_t, grad_out_stride_t, grad_out_stride_b, b_of_cell, unit_of_cell, visible, H
             )
         first_at = (first_t.to(tl.int64) * B + b_of_cell) * ROW + unit_of_cell
         c = tl.load(cells_ptr + first_at, mask=stored, other=0.0)
@@ -373,7 +373,7 @@ def recurrent_backward(
                 exchange.fetch(cells_ptr + far * ROW + unit_of_cell, soon & begins, AMD)
                 if grad_out_ptr is not None:
                     far = far_t.to(tl.int64) * grad_out_stride_t + b_of_cell.to(tl.int64) * grad_out_stride_b
-                    exchange.fetch(grad_out_ptr + far * H + unit_of_cell, soon & begins & shown, AMD)
+                    exchange.fetch(grad_out_ptr + far * H + unit_of_cell, soon & begins & visible, AMD)
             else:
                 if STACKED:
                     from_above = tl.zeros((ROWS, BLOCK_B), tl.float32)
@@ -434,7 +434,7 @@ def recurrent_backward(
             )
             if grad_out_ptr is not None:
                 upstream = _upstream(
-                    grad_out_ptr, t_earlier, grad_out_stride_t, grad_out_stride_b, b_of_cell, unit_of_cell, shown & more, H
+                    grad_out_ptr, t_earlier, grad_out_stride_t, grad_out_stride_b, b_of_cell, unit_of_cell, visible & more, H
                 )
             if SINGLE:
                 from_later = layout.cells_of_sum(acc, BLOCK_H, BLOCK_B)
