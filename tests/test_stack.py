@@ -259,7 +259,8 @@ class TestModule:
         monkeypatch.setattr(plan, "SHORTEST_CHUNK", 2)
         monkeypatch.setattr(plan, "HOST_LAUNCH_US", 0.01)
         module = self.module(num_layers=2)
-        options = {"sms": 24, "tier": "persistent", "block_h": 16, "parts": 4, "block_k": 32, "shared_bytes": 20 << 10}
+        options = {"sms": 24, "tier": "persistent", "block_h": 16, "block_b": 16, "parts": 4, "block_k": 32,
+                   "shared_bytes": 20 << 10}  # fmt: skip
         self.compare(module, [2, 0, 5], **options)
         assert not any("below_ptr" in launch.arguments for launch in launches)
         steps = [(launch.arguments["step_begin"], launch.arguments["step_end"])

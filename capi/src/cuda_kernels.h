@@ -43,7 +43,7 @@ enum { VARIANTS = 2 * PRODUCT_LARGE };
 typedef struct tritlstm_cuda_family {
     const char *name;
     int major, minor, later;
-    double l2_bytes_per_us;
+    double l2_bytes_per_us, sm_l2_bytes_per_us;
     int first, count;
 } tritlstm_cuda_family;
 
@@ -75,7 +75,6 @@ typedef struct tritlstm_cuda_kernel {
     double cost[7]; /* capi/aot.py, costs() */
 } tritlstm_cuda_kernel;
 
-extern const double tritlstm_sm_l2_bytes_per_us;
 extern const int32_t tritlstm_spin_limit;
 extern const int tritlstm_tagged_slots;
 extern const tritlstm_cuda_family tritlstm_families[];

@@ -59,7 +59,7 @@ double tritlstm_cuda_predicted(const tritlstm_cuda_kernel *kernel, const tritlst
     int64_t blocks = kernel->n_blocks * groups, waves = divide_up(blocks, limits->sms);
     double rows = (double)(batch < kernel->columns ? batch : kernel->columns);
     if (blocks > limits->sms) blocks = limits->sms;
-    double q = 1 / tritlstm_sm_l2_bytes_per_us, shared_q = (double)blocks / limits->family->l2_bytes_per_us;
+    double q = 1 / limits->family->sm_l2_bytes_per_us, shared_q = (double)blocks / limits->family->l2_bytes_per_us;
     if (q < shared_q) q = shared_q;
     double step = c[one_step ? 0 : 1] + c[2] * rows * (double)groups +
                   (double)waves * (c[3] + c[4] * rows + q * (c[5] + c[6] * rows));
