@@ -363,17 +363,18 @@ def recurrent_backward(
                 acc = tl.dot(weights[1], layout.matrix(own_f, BLOCK_H, BLOCK_B), acc, input_precision=PRECISION)
                 acc = tl.dot(weights[2], layout.matrix(own_g, BLOCK_H, BLOCK_B), acc, input_precision=PRECISION)
                 acc = tl.dot(weights[3], layout.matrix(own_o, BLOCK_H, BLOCK_B), acc, input_precision=PRECISION)
-                # A step of a single block is shorter than a fetch from memory.
-                far_t = t + direction * exchange.DISTANCE
-                far = far_t.to(tl.int64) * B + b_of_cell
-                soon = stored & (step + exchange.DISTANCE < step_end)
-                begins = unit_of_cell * (4 // WORD) % exchange.SECTOR == 0
-                exchange.fetch(gates_ptr + far * (4 * ROW) + unit_of_cell * 4, soon & begins, AMD)
-                begins = unit_of_cell % exchange.SECTOR == 0
-                exchange.fetch(cells_ptr + far * ROW + unit_of_cell, soon & begins, AMD)
-                if grad_out_ptr is not None:
-                    far = far_t.to(tl.int64) * grad_out_stride_t + b_of_cell.to(tl.int64) * grad_out_stride_b
-                    exchange.fetch(grad_out_ptr + far * H + unit_of_cell, soon & begins & visible, AMD)
+                if not EXACT:
+                    # A step of a single block is shorter than a fetch from memory. In fp32 no registers are left for it.
+                    far_t = t + direction * exchange.DISTANCE
+                    far = far_t.to(tl.int64) * B + b_of_cell
+                    soon = stored & (step + exchange.DISTANCE < step_end)
+                    begins = unit_of_cell * (4 // WORD) % exchange.SECTOR == 0
+                    exchange.fetch(gates_ptr + far * (4 * ROW) + unit_of_cell * 4, soon & begins, AMD)
+                    begins = unit_of_cell % exchange.SECTOR == 0
+                    exchange.fetch(cells_ptr + far * ROW + unit_of_cell, soon & begins, AMD)
+                    if grad_out_ptr is not None:
+                        far = far_t.to(tl.int64) * grad_out_stride_t + b_of_cell.to(tl.int64) * grad_out_stride_b
+                        exchange.fetch(grad_out_ptr + far * H + unit_of_cell, soon & begins & visible, AMD)
             else:
                 if STACKED:
                     from_above = tl.zeros((ROWS, BLOCK_B), tl.float32)

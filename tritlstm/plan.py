@@ -348,6 +348,8 @@ def _block_k(problem: _Problem, depth: int, tier: str, block_b: int, threads: in
     # Without wgmma, the operands of a product pass through registers as well.
     most = RECEIVED_REGISTERS / (2 if problem.device.matrix_rows > 16 else 4) / (2 if problem.stacked else 1)
     chunks = [chunk for chunk in chunks if received[chunk] <= most] or chunks[-1:]
+    if problem.precision == "tf32" and problem.direction == "forward" and depth > 2 * chunks[0]:
+        chunks = chunks[1:] or chunks  # three long chunks of weights, rounded on their way in, spill 56 bytes for sm_90
     return min(chunks, key=lambda chunk: -(-depth // chunk) * (chunk + 48))
 
 
@@ -472,12 +474,16 @@ def _most_cells(problem: _Problem, tier: str, block_b: int) -> float:
             return 2
         if problem.chains > 1 and problem.direction == "forward" and problem.device.matrix_rows > 16 and not TUNED:
             return 4  # 8 spill 8 to 24 bytes for sm_90
-        return 8 if problem.direction == "forward" or block_b == 16 else 0
+        if problem.direction == "backward" and problem.element == 4 and problem.device.matrix_rows > 16:
+            return 4 if block_b <= 16 else 0  # 8 spill 8 bytes for sm_90
+        return 8 if problem.direction == "forward" or block_b <= 16 else 0
     if problem.stacked or problem.normed:
         return 2
     backward = problem.direction == "backward"
     if TRITON >= (3, 9) and problem.chains > 1 and backward:
         return 2  # 4 spill 16 bytes for sm_90 at H=1536
+    if backward and _without_wgmma(problem.device):
+        return 2  # 4 spill 8 to 16 bytes for sm_80
     return 2 if problem.element == 4 and (few or backward) else 4
 
 
