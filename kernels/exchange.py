@@ -87,8 +87,8 @@ def look_program(count, pack, stride, ragged):
     """PTX of one thread's part of ``look``: reads its ``pack`` runs of 16 bytes of ``count`` tiles once.
 
     Operands, in runs of 4 words: the words of all tiles; pointers to those of the first tile, the others lie ``stride``
-    bytes apart; whether the run's row exists, and whether the last tile's run does (``ragged`` only; what does not exist
-    is zero); and a word without use.
+    bytes apart; whether the run's row exists, and whether the last tile's run does (``ragged`` only; what does not
+    exist is zero); and a word without use.
     """
     size = 4 * pack
     lines = [".reg .pred exists, lasts;", *(f"mov.b32 ${n}, 0;" for n in range(count * size))]
@@ -435,7 +435,7 @@ def _look(pointers, exists, inside, SPAN: tl.constexpr, COUNT: tl.constexpr, WAR
 
 @triton.jit
 def look(reads, exists, inside, WARPS: tl.constexpr, AMD: tl.constexpr):
-    """The words of one tile as they are now, zero where ``exists`` or ``inside`` (of :func:`receive`) is false: a tuple."""
+    """The words of one tile as they are now: a tuple. ``exists`` and ``inside`` are those of :func:`receive`."""
     pointers = tl.expand_dims(reads, -1) + tl.arange(0, 4)
     exists = tl.broadcast_to(tl.expand_dims(exists, -1), pointers.shape)
     inside = tl.broadcast_to(tl.expand_dims(inside, -1), pointers.shape)
@@ -451,11 +451,11 @@ def receive(
     """A tuple of ``COUNT`` tiles ``[..., R * n]``; under ``FLAG``, once every wanted word has arrived.
 
     ``reads`` [..., R] points to the first tile's runs of 16 bytes (``n`` values) as int32; a tile lies ``SPAN`` words
-    after the one before. Where ``exists`` (of a shape that broadcasts) is false, and ``wanted`` is then, nothing need be
-    read: many rows that repeat one would crowd where it lies. Where ``wanted`` is false nothing is waited for; ``inside``,
-    None or likewise, says which reads of the last tile exist: the others are zero. ``seen`` (``FLAG``, not AMD; one
-    tile): what :func:`look` returned for this tile, if the scalar ``is_seen`` is true, or for another. Then no look at
-    the words is left to the compiler, which would make copies of its own of them in a loop that it pipelines.
+    after the one before. Where ``exists`` (of a shape that broadcasts) is false, and then ``wanted`` is too, nothing
+    need be read: rows that repeat another would crowd where it lies. Where ``wanted`` is false nothing is waited for;
+    ``inside``, None or likewise, says which reads of the last tile exist: the others are zero. ``seen`` (``FLAG``, not
+    AMD; one tile): what :func:`look` returned for this tile, if the scalar ``is_seen`` is true, or for another. Then no
+    look at the words is left to the compiler, which would make copies of its own of them in a loop that it pipelines.
     """
     pointers = tl.expand_dims(reads, -1) + tl.arange(0, 4)
     wanted = tl.broadcast_to(tl.expand_dims(wanted, -1), pointers.shape)

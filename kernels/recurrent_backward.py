@@ -41,9 +41,9 @@ def _reads(later_words, column_begin, column_end, WORD: tl.constexpr, COUNT: tl.
 
 @triton.jit
 def _multiply(
-    weights, later_words, column_begin, column_end, exists, waiting, mark, status, step, spin_limit, acc, dtype: tl.constexpr,
-    FIRST: tl.constexpr, COUNT: tl.constexpr, RAGGED: tl.constexpr, BLOCK_K: tl.constexpr, PROTOCOL: tl.constexpr,
-    AMD: tl.constexpr, WARPS: tl.constexpr, PRECISION: tl.constexpr, seen=None, is_seen=None,
+    weights, later_words, column_begin, column_end, exists, waiting, mark, status, step, spin_limit, acc,
+    dtype: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr, RAGGED: tl.constexpr, BLOCK_K: tl.constexpr,
+    PROTOCOL: tl.constexpr, AMD: tl.constexpr, WARPS: tl.constexpr, PRECISION: tl.constexpr, seen=None, is_seen=None,
 ):  # fmt: skip
     """``acc`` plus the products of ``weights[FIRST : FIRST + COUNT]`` with gate gradients from ``column_begin`` on.
 
@@ -57,8 +57,8 @@ def _multiply(
     exists = tl.broadcast_to(exists[:, None], reads.shape)
     wanted = exists & waiting
     tiles = exchange.receive(
-        reads, exists, wanted, inside, mark, status, step, spin_limit, dtype, BLOCK_K // WORD, COUNT, PROTOCOL, AMD, WARPS,
-        seen, is_seen,
+        reads, exists, wanted, inside, mark, status, step, spin_limit, dtype, BLOCK_K // WORD, COUNT, PROTOCOL, AMD,
+        WARPS, seen, is_seen,
     )  # fmt: skip
     for j in tl.static_range(COUNT):
         acc = tl.dot(weights[FIRST + j], tl.trans(tiles[j]), acc, input_precision=PRECISION)
@@ -67,8 +67,9 @@ def _multiply(
 
 @triton.jit
 def _from_above(
-    weights, words, depth_begin, depth_end, exists, mark, status, step, spin_limit, dtype: tl.constexpr, CHUNKS: tl.constexpr,
-    POLL: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
+    weights, words, depth_begin, depth_end, exists, mark, status, step, spin_limit, dtype: tl.constexpr,
+    CHUNKS: tl.constexpr, POLL: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     PROTOCOL: tl.constexpr, AMD: tl.constexpr, WARPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The products of w_ih with the gate gradients that the layer above has of this step."""
@@ -76,8 +77,8 @@ def _from_above(
     acc = tl.zeros((ROWS, BLOCK_B), tl.float32)
     for first in tl.static_range(0, CHUNKS, POLL):
         acc = _multiply(
-            weights, words, depth_begin + first * BLOCK_K, depth_end, exists, waiting, mark, status, step, spin_limit, acc,
-            dtype, first, POLL if first + POLL <= CHUNKS else CHUNKS - first,
+            weights, words, depth_begin + first * BLOCK_K, depth_end, exists, waiting, mark, status, step, spin_limit,
+            acc, dtype, first, POLL if first + POLL <= CHUNKS else CHUNKS - first,
             first + POLL >= CHUNKS and CHUNKS * BLOCK_K > DEPTH, BLOCK_K, PROTOCOL, AMD, WARPS, PRECISION,
         )  # fmt: skip
         if PROTOCOL == exchange.COUNTER:
@@ -364,7 +365,7 @@ def recurrent_backward(
                 acc = tl.dot(weights[2], layout.matrix(own_g, BLOCK_H, BLOCK_B), acc, input_precision=PRECISION)
                 acc = tl.dot(weights[3], layout.matrix(own_o, BLOCK_H, BLOCK_B), acc, input_precision=PRECISION)
                 if not EXACT:
-                    # A step of a single block is shorter than a fetch from memory. In fp32 no registers are left for it.
+                    # A step of a single block is shorter than a fetch from memory. In fp32 no registers are left.
                     far_t = t + direction * exchange.DISTANCE
                     far = far_t.to(tl.int64) * B + b_of_cell
                     soon = stored & (step + exchange.DISTANCE < step_end)
@@ -420,8 +421,8 @@ def recurrent_backward(
                     # As they are: to be rounded they would have to pass through registers.
                     streamed = (_weight_chunk(w_ptr, team_begin, k, depth_end, H, HX, ROWS, BLOCK_K, "ieee"),)
                     acc = _multiply(
-                        streamed, later_words, k, depth_end, exists, waiting, counter_ptr, status_ptr, step, spin_limit, acc,
-                        dtype, 0, 1, N_CHUNKS * BLOCK_K > DEPTH, BLOCK_K, PROTOCOL, AMD, WARPS, PRECISION,
+                        streamed, later_words, k, depth_end, exists, waiting, counter_ptr, status_ptr, step, spin_limit,
+                        acc, dtype, 0, 1, N_CHUNKS * BLOCK_K > DEPTH, BLOCK_K, PROTOCOL, AMD, WARPS, PRECISION,
                         seen, chunk == RESIDENT,
                     )  # fmt: skip
                     if STAGES == 1:
@@ -431,12 +432,14 @@ def recurrent_backward(
             # A step ahead, so that its latency hides behind the exchange.
             more = step + 1 < step_end
             gates_ahead, c_ahead = _saved(
-                gates_ptr, cells_ptr, t_earlier, direction, more, length, B, b_of_cell, unit_of_cell, stored, in_gates, ROW
-            )
+                gates_ptr, cells_ptr, t_earlier, direction, more, length, B, b_of_cell, unit_of_cell, stored, in_gates,
+                ROW,
+            )  # fmt: skip
             if grad_out_ptr is not None:
                 upstream = _upstream(
-                    grad_out_ptr, t_earlier, grad_out_stride_t, grad_out_stride_b, b_of_cell, unit_of_cell, visible & more, H
-                )
+                    grad_out_ptr, t_earlier, grad_out_stride_t, grad_out_stride_b, b_of_cell, unit_of_cell,
+                    visible & more, H,
+                )  # fmt: skip
             if SINGLE:
                 from_later = layout.cells_of_sum(acc, BLOCK_H, BLOCK_B)
             else:

@@ -46,8 +46,8 @@ def _multiply(
     exists = tl.broadcast_to(exists[:, None], reads.shape)
     wanted = tl.broadcast_to(waiting[:, None], reads.shape)
     tiles = exchange.receive(
-        reads, exists, wanted, inside, mark, status, step, spin_limit, dtype, BLOCK_K // WORD, COUNT, PROTOCOL, AMD, WARPS,
-        seen, is_seen,
+        reads, exists, wanted, inside, mark, status, step, spin_limit, dtype, BLOCK_K // WORD, COUNT, PROTOCOL, AMD,
+        WARPS, seen, is_seen,
     )  # fmt: skip
     for j in tl.static_range(COUNT):
         acc = tl.dot(weights[FIRST + j], tl.trans(tiles[j]), acc, input_precision=PRECISION)
@@ -56,8 +56,9 @@ def _multiply(
 
 @triton.jit
 def _add_below(
-    acc, weights, words, exists, mark, status, step, spin_limit, dtype: tl.constexpr, CHUNKS: tl.constexpr, POLL: tl.constexpr,
-    HX: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, PROTOCOL: tl.constexpr, AMD: tl.constexpr,
+    acc, weights, words, exists, mark, status, step, spin_limit, dtype: tl.constexpr, CHUNKS: tl.constexpr,
+    POLL: tl.constexpr, HX: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, PROTOCOL: tl.constexpr,
+    AMD: tl.constexpr,
     WARPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``acc`` plus the products of w_ih with the h that the layer below has of this step."""
@@ -291,8 +292,8 @@ def recurrent_forward(
                 waiting = exists & (fresh == 0)
                 for first in tl.static_range(0, RESIDENT, POLL):
                     acc = _multiply(
-                        weights, state_words, first * BLOCK_K, exists, waiting, counter_ptr, status_ptr, step, spin_limit, acc,
-                        dtype, first, POLL if first + POLL <= RESIDENT else RESIDENT - first,
+                        weights, state_words, first * BLOCK_K, exists, waiting, counter_ptr, status_ptr, step,
+                        spin_limit, acc, dtype, first, POLL if first + POLL <= RESIDENT else RESIDENT - first,
                         first + POLL >= RESIDENT and RESIDENT * BLOCK_K > HX,
                         HX, BLOCK_B, BLOCK_K, PROTOCOL, AMD, WARPS, PRECISION,
                     )  # fmt: skip
@@ -311,8 +312,9 @@ def recurrent_forward(
                     # As they are: to be rounded they would have to pass through registers.
                     streamed = (_weight_chunk(w_ptr, unit_begin, k, H, HX, BLOCK_H, "ieee"),)
                     acc = _multiply(
-                        streamed, state_words, chunk * BLOCK_K, exists, waiting, counter_ptr, status_ptr, step, spin_limit, acc,
-                        dtype, 0, 1, N_CHUNKS * BLOCK_K > HX, HX, BLOCK_B, BLOCK_K, PROTOCOL, AMD, WARPS, PRECISION,
+                        streamed, state_words, chunk * BLOCK_K, exists, waiting, counter_ptr, status_ptr, step,
+                        spin_limit, acc, dtype, 0, 1, N_CHUNKS * BLOCK_K > HX, HX, BLOCK_B, BLOCK_K, PROTOCOL, AMD,
+                        WARPS, PRECISION,
                         seen, chunk == RESIDENT,
                     )  # fmt: skip
                     if STAGES == 1:

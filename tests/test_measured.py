@@ -28,7 +28,8 @@ CONTENT: dict[str, Any] = {
 }
 #: What only a test has ever measured.
 TRUTH = {"flag_us": 0.31, "counter_us": 1.7, "l2_latency_us": 0.26, "sm_l2_bytes_per_us": 41e3, "cell_us": 0.22,
-         "grad_us": 0.37, "parts_us": 0.45, "fence_us": 0.06, "launch_us": 9.0, "l2_bytes_per_us": 3.4e6, "clock_ghz": 1.4}  # fmt: skip
+         "grad_us": 0.37, "parts_us": 0.45, "fence_us": 0.06, "launch_us": 9.0, "l2_bytes_per_us": 3.4e6,
+         "clock_ghz": 1.4}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

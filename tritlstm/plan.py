@@ -435,8 +435,8 @@ def _stages(problem: _Problem, tier: str) -> tuple[int, ...]:
     if not streams or arch.startswith("gfx") or _scalar_products(problem):
         return (1,)
     if tier == "streaming" and problem.device.matrix_rows > 16 and arch != "emulated":
-        # For tcgen05 the compiler would run the polls ahead as well, and fails. On an H200 the pipeline was at best as fast
-        # as the loop with as many chunks on chip, and it takes the room of two or three of them.
+        # For tcgen05 the compiler would run the polls ahead as well, and fails. On an H200 the pipeline was at best as
+        # fast as the loop with as many chunks on chip, and it takes the room of two or three of them.
         return (1,)
     return (STAGES, 1) if TUNED else (1,)  # where every configuration was compiled
 
