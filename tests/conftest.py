@@ -41,6 +41,14 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     os.close(config.stash[_stderr])
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Failures as they happen, for a run that may be ended before its own report: TRITLSTM_FAILURES names a file."""
+    path = os.environ.get("TRITLSTM_FAILURES")
+    if path and report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(f"{report.nodeid} ({report.when})\n{report.longreprtext}\n\n")
+
+
 def _limit(item: pytest.Item) -> float:
     marker = item.get_closest_marker("timeout")
     return float(marker.args[0]) if marker else TIMEOUT
