@@ -591,6 +591,7 @@ _NO_COST = StepCost(0, 0, 0, 0, 0, 0, 0, 0)
 def _cost(problem: _Problem, plan: RecurrentPlan) -> StepCost:
     """The cost model; kernels/README.md derives every line."""
     device, element, known = problem.device, problem.element, problem.device.constants
+    forward = problem.direction == "forward"
     blocks = plan.n_blocks * plan.n_groups * plan.at_once
     waves = math.ceil(blocks / device.sms)
     blocks = min(blocks, device.sms)
@@ -604,12 +605,12 @@ def _cost(problem: _Problem, plan: RecurrentPlan) -> StepCost:
     rate = device.fma_per_clock * (1.0 if element == 2 else 0.5)
     if problem.precision == "ieee" and element == 4:
         rate = 128 * 0.25  # CUDA cores, operands from shared memory
-    elif plan.block_h * (4 if problem.direction == "forward" else plan.parts) < device.matrix_rows:
+    elif plan.block_h * (4 if forward else plan.parts) < device.matrix_rows:
         rate *= 0.5
     matrix = multiply_adds / (rate * clock)
     # A warp group reads 64 rows of weights and, twice over, the tile that it multiplies them with (measured on sm_90).
-    rows_of_product = plan.block_h * (4 if problem.direction == "forward" else plan.parts)
-    tiles_read = 2 * math.ceil(rows_of_product / 64) * plan.block_b * contracted * (depth // problem.hidden) * element
+    warp_groups = math.ceil(plan.block_h * (4 if forward else plan.parts) / 64)
+    tiles_read = 2 * warp_groups * plan.block_b * contracted * (1 if forward else 4) * element
     per_clock = SHARED_BYTES_PER_CLOCK
     if plan.block_b < 16 and device.matrix_rows > 16:
         per_clock //= 2  # no wgmma is that narrow: weights pass through registers
@@ -637,7 +638,6 @@ def _cost(problem: _Problem, plan: RecurrentPlan) -> StepCost:
     left = (1.0 - share) * weight_bytes
     streamed = max(left / known.sm_l2_bytes_per_us, blocks * left / device.l2_bytes_per_us)
     hand_off = {"none": 0.0, "counter": known.counter_us, "flag": known.flag_us}[plan.protocol]
-    forward = problem.direction == "forward"
     cells = plan.block_h * plan.block_b / (32 * plan.num_warps)  # a thread; the constants are those of two
     cell = (known.cell_us if forward else known.grad_us) * (0.5 + 0.25 * cells)
     prefill = 0.0
