@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -221,7 +222,7 @@ def test_numpy_reference_and_arrays_that_are_aligned_to_an_element_only(world: W
     values = [trace.h, trace.h_n[None], trace.c_n[None], g.x, g.h0[None], g.c0[None], g.w_ih, g.w_hh, g.b, g.b]
     exact = dict(zip(problem.names, values, strict=True))
     found = problem.by_library(world, offset=4)
-    assert {kernel.plan.tier for kernel in world.ran if kernel.plan} == {"persistent"}
+    assert {kernel.plan.tier for kernel in world.ran if kernel.plan} <= {"single", "persistent"}
     assert_within_budget(found, exact, problem.by_torch(torch.float32), torch.float32)
 
 
@@ -402,7 +403,7 @@ def test_a_plain_c_host_gets_as_far_as_the_driver_lets_it(world: World, tmp_path
     found, text = by_host(host, Problem(Case(proj=6)), tmp_path, LD_LIBRARY_PATH=str(tmp_path / "driver"))
     assert "images: machine code (cubin) of sm_90" in text
     assert "hidden size: 20 runs in kernels of 32, padded with zeros" in text
-    assert "backward: persistent, exchange flag" in text
+    assert re.search("^backward: (persistent, exchange flag|single)", text, re.M)
     assert np.isnan(found["out"]).all()
 
 

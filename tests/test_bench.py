@@ -47,7 +47,7 @@ KEYS = {
 LIMITS = floor.Limits(bandwidth=1e9, rate=1e9)
 SMALL = Case("small", 4, 3, 5, 6)
 DEEP = Case("deep", 6, 5, 7, 8, layers=2, bidirectional=True, lengths=(2, 6))
-RESETS = Case("resets", 6, 4, 5, 8, layers=2, resets=0.3)
+RESETS = Case("resets", 6, 4, 16, 32, layers=2, resets=0.3)
 
 
 class TickTimer:
