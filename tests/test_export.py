@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from cuda_graphs import capture
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -222,15 +223,7 @@ class TestCudaGraph:
             out.square().sum().backward()
             return out
 
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = step()
+        graph, out = capture(step)
         graph.replay()
         first = out.clone()
         graph.replay()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cuda_graphs import capture
 from torch import Tensor
 
 import tritlstm
@@ -71,15 +72,7 @@ def test_a_graph_replays_forward_and_backward(sizes):
         out, _ = module(static)
         return [out, *torch.autograd.grad(out.float().square().sum(), [static, *module.parameters()])]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     for seed in range(3):
         torch.manual_seed(seed)
         fresh = torch.randn_like(x)

@@ -765,7 +765,7 @@ def _together(
     precision: str,
     training: bool,
     overrides: tuple[tuple[str, Any], ...],
-    costs: tuple[float, float],
+    costs: tuple[int, float],  # of a pipeline
 ) -> Together:
     directions = ("forward", "backward") if training else ("forward",)
     fixed = (length, batch, hidden, dtype, device, precision, training, dict(overrides))
@@ -776,17 +776,19 @@ def _together(
         with contextlib.suppress(PlanError):
             waves = [recurrent(direction, *fixed, layers, stacked=True) for direction in directions]
             ways.append(Together("wavefront", 1, sum(plan.cost_of(length) for plan in waves)))
-        ways.append(_pipeline(alone, length, layers, device))
+        ways.append(_pipeline(alone, length, layers, device, *costs))
     return min(ways, key=lambda way: way.us)
 
 
-def _pipeline(alone: Sequence[RecurrentPlan], length: int, layers: int, device: Device) -> Together:
+def _pipeline(
+    alone: Sequence[RecurrentPlan], length: int, layers: int, device: Device, shortest_chunk: int, launch_us: float
+) -> Together:
     whole = sum(plan.cost_of(length) for plan in alone)
     # As many layers at a time as have room beside each other. The last one starts a chunk later for each, so chunks
     # should be short; but each costs its launches.
     side_by_side = min(layers, *(device.sms // (plan.n_blocks * plan.n_groups) for plan in alone))
-    each = 2 * HOST_LAUNCH_US * layers * len(alone)  # a product and a recurrence
-    chunks = max(1, min(length // SHORTEST_CHUNK, round(math.sqrt(whole * (layers - 1) / each))))
+    each = 2 * launch_us * layers * len(alone)  # a product and a recurrence
+    chunks = max(1, min(length // shortest_chunk, round(math.sqrt(whole * (layers - 1) / each))))
     # A single block keeps in registers what the next launch would need.
     if side_by_side < 2 or chunks < 2 or any(plan.tier in ("single", "step") for plan in alone):
         return Together("pipeline", 1, math.inf)
