@@ -17,7 +17,7 @@ def _weight_chunk(
     from_unit = column // 4
     row = (column % 4 * H + from_unit).to(tl.int64)
     inside = (column < column_end) & (from_unit < H) & (unit < HX)
-    return rounding.operand(tl.load(w_ptr + row * HX + unit, mask=inside, other=0.0), PRECISION)
+    return rounding.operands(tl.load(w_ptr + row * HX + unit, mask=inside, other=0.0), PRECISION)
 
 
 @triton.jit
@@ -28,7 +28,7 @@ def _single_weights(
     from_unit = tl.arange(0, BLOCK_H)[None, :]
     inside = (unit < HX) & (from_unit < H)
     w = tl.load(w_ptr + (gate * H + from_unit) * HX + unit, mask=inside, other=0.0)
-    return rounding.operand(w, PRECISION)
+    return rounding.operands(w, PRECISION)
 
 
 @triton.jit
@@ -61,7 +61,7 @@ def _multiply(
         WARPS, seen, is_seen,
     )  # fmt: skip
     for j in tl.static_range(COUNT):
-        acc = tl.dot(weights[FIRST + j], tl.trans(tiles[j]), acc, input_precision=PRECISION)
+        acc = rounding.multiply(weights[FIRST + j], tl.trans(tiles[j]), acc, PRECISION)
     return acc
 
 
@@ -108,13 +108,15 @@ def _upstream(grad_out_ptr, t, stride_t, stride_b, b_of_cell, unit_of_cell, show
 
 @triton.jit
 def _sum(tiles, COUNT: tl.constexpr):
-    """Of 1, 2 or 4 tiles, pairwise: in the same order whatever came first."""
+    """Of 1, 2, 4 or 8 tiles, pairwise: in the same order whatever came first."""
     if COUNT == 1:
         total = tiles[0]
     elif COUNT == 2:
         total = tiles[0] + tiles[1]
     else:
         total = (tiles[0] + tiles[1]) + (tiles[2] + tiles[3])
+        if COUNT == 8:
+            total += (tiles[4] + tiles[5]) + (tiles[6] + tiles[7])
     return total
 
 
@@ -360,10 +362,11 @@ def recurrent_backward(
                 dh += upstream.to(tl.float32)
 
             if SINGLE:
-                acc = tl.dot(weights[0], layout.matrix(own_i, BLOCK_H, BLOCK_B), input_precision=PRECISION)
-                acc = tl.dot(weights[1], layout.matrix(own_f, BLOCK_H, BLOCK_B), acc, input_precision=PRECISION)
-                acc = tl.dot(weights[2], layout.matrix(own_g, BLOCK_H, BLOCK_B), acc, input_precision=PRECISION)
-                acc = tl.dot(weights[3], layout.matrix(own_o, BLOCK_H, BLOCK_B), acc, input_precision=PRECISION)
+                acc = tl.zeros((BLOCK_H, BLOCK_B), tl.float32)
+                acc = rounding.multiply(weights[0], layout.matrix(own_i, BLOCK_H, BLOCK_B), acc, PRECISION)
+                acc = rounding.multiply(weights[1], layout.matrix(own_f, BLOCK_H, BLOCK_B), acc, PRECISION)
+                acc = rounding.multiply(weights[2], layout.matrix(own_g, BLOCK_H, BLOCK_B), acc, PRECISION)
+                acc = rounding.multiply(weights[3], layout.matrix(own_o, BLOCK_H, BLOCK_B), acc, PRECISION)
                 if not EXACT:
                     # A step of a single block is shorter than a fetch from memory. In fp32 no registers are left.
                     far_t = t + direction * exchange.DISTANCE
@@ -418,8 +421,11 @@ def recurrent_backward(
                     RESIDENT, N_CHUNKS, num_stages=None if STAGES == 1 else STAGES, disable_licm=STAY
                 ):
                     k = depth_begin + chunk * BLOCK_K
-                    # As they are: to be rounded they would have to pass through registers.
-                    streamed = (_weight_chunk(w_ptr, team_begin, k, depth_end, H, HX, ROWS, BLOCK_K, "ieee"),)
+                    streamed = (
+                        _weight_chunk(
+                            w_ptr, team_begin, k, depth_end, H, HX, ROWS, BLOCK_K, rounding.as_is(PRECISION)
+                        ),
+                    )  # fmt: skip
                     acc = _multiply(
                         streamed, later_words, k, depth_end, exists, waiting, counter_ptr, status_ptr, step, spin_limit,
                         acc, dtype, 0, 1, N_CHUNKS * BLOCK_K > DEPTH, BLOCK_K, PROTOCOL, AMD, WARPS, PRECISION,

@@ -15,7 +15,7 @@ def _weight_chunk(
     unit = unit_begin + layout.unit_of_product(row)
     w_row = (layout.gate_of_product(row) * H + unit).to(tl.int64)
     inside = (unit[:, None] < H) & (k[None, :] < HX)
-    return rounding.operand(tl.load(w_ptr + w_row[:, None] * HX + k[None, :], mask=inside, other=0.0), PRECISION)
+    return rounding.operands(tl.load(w_ptr + w_row[:, None] * HX + k[None, :], mask=inside, other=0.0), PRECISION)
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def _multiply(
         WARPS, seen, is_seen,
     )  # fmt: skip
     for j in tl.static_range(COUNT):
-        acc = tl.dot(weights[FIRST + j], tl.trans(tiles[j]), acc, input_precision=PRECISION)
+        acc = rounding.multiply(weights[FIRST + j], tl.trans(tiles[j]), acc, PRECISION)
     return acc
 
 
@@ -257,7 +257,7 @@ def recurrent_forward(
                 own = h.to(dtype)
                 if h_scale_ptr is not None:
                     own = (own.to(tl.float32) * h_scale).to(dtype)
-                acc = tl.dot(weights[0], layout.matrix(own, BLOCK_H, BLOCK_B), acc, input_precision=PRECISION)
+                acc = rounding.multiply(weights[0], layout.matrix(own, BLOCK_H, BLOCK_B), acc, PRECISION)
                 # A step of a single block is shorter than a fetch from memory.
                 far = (t + direction * exchange.DISTANCE).to(tl.int64) * B + b_of_cell
                 begins = stored & (unit_of_cell * (4 // WORD) % exchange.SECTOR == 0)
@@ -309,8 +309,7 @@ def recurrent_forward(
                     RESIDENT, N_CHUNKS, num_stages=None if STAGES == 1 else STAGES, disable_licm=STAY
                 ):
                     k = chunk * BLOCK_K + tl.arange(0, BLOCK_K)
-                    # As they are: to be rounded they would have to pass through registers.
-                    streamed = (_weight_chunk(w_ptr, unit_begin, k, H, HX, BLOCK_H, "ieee"),)
+                    streamed = (_weight_chunk(w_ptr, unit_begin, k, H, HX, BLOCK_H, rounding.as_is(PRECISION)),)
                     acc = _multiply(
                         streamed, state_words, chunk * BLOCK_K, exists, waiting, counter_ptr, status_ptr, step,
                         spin_limit, acc, dtype, 0, 1, N_CHUNKS * BLOCK_K > HX, HX, BLOCK_B, BLOCK_K, PROTOCOL, AMD,

@@ -52,6 +52,8 @@ def run(text: str, lanes: int = 1, memory: Memory | None = None, **registers: An
         ("add.u32 r, $1, 1;", [np.uint32([POISON])], 0),
         ("sub.u32 r, $1, $2;", [np.uint32([3]), np.uint32([4])], POISON),
         ("and.b32 r, $1, 63;", [np.uint32([130])], 2),
+        ("cvt.rna.tf32.f32 r, $1;", [np.float32([1 + 2.0**-10 + 2.0**-11])], np.float32(1 + 2.0**-9).view(np.uint32)),
+        ("cvt.rna.tf32.f32 r, $1;", [np.float32([-1 - 2.0**-12])], np.float32(-1).view(np.uint32)),
         ("cvt.u32.u64 r, $1;", [np.uint64([2**32 + 9])], 9),
         ("setp.lt.u32 r, $1, $2;", [np.uint32([1]), np.uint32([POISON])], True),
         ("setp.eq.s32 r, $1, -1;", [np.uint32([POISON])], True),

@@ -183,6 +183,15 @@ PATHS: dict[str, tuple[tuple[int, int, int, int], dict[str, Any]]] = {
         (3, 20, 5, 40),
         {"tier": "persistent", "protocol": "counter", "block_h": 16, "block_b": 16, "sms": 4, "amd": True},
     ),
+    "teams of eight": ((3, 20, 5, 48), {"tier": "persistent", "parts": 8, "sms": 16}),
+    "two teams of eight, chunk by chunk": (
+        (2, 17, 5, 80),
+        {"tier": "persistent", "parts": 8, "sms": 16, "block_k": 16, "poll": 2},
+    ),
+    "a team of eight blocks of 16 units": (
+        (2, 17, 5, 80),
+        {"tier": "persistent", "block_h": 16, "parts": 8, "sms": 8},
+    ),
     "8 sequences a tile": ((3, 20, 5, 40), {"tier": "persistent", "block_b": 8, "sms": 9}),
     "single, 8 sequences a tile": ((3, 20, 5, 24), {"tier": "single", "block_b": 8, "sms": 2}),
     "streaming": ((3, 3, 7, 150), {"tier": "streaming", "sms": 10, "shared_bytes": 64 << 10, "block_k": 32}),
@@ -286,6 +295,34 @@ def test_copying_streamed_chunks_ahead_changes_no_bit(tier, dtype):
     ahead = problem.by_kernels(lengths, **options, stages=3, seed=1, delays=emulator.Delays(0.05, 0.004))
     for name in NAMES:
         assert torch.equal(plain[name], ahead[name]), name
+
+
+def recurrent_errors(hidden: int, **options: Any) -> dict[str, float]:
+    """Of a layer whose input is zero: those of the recurrent products alone, and of the gradients they pass on."""
+    problem = Problem.draw(6, 5, 8, hidden, torch.float32)
+    problem.x = torch.zeros_like(problem.x)
+    found = errors(problem.by_kernels(**options), problem.by_reference())
+    return {name: found[name] for name in ("out", "h_n", "c_n", "b", "c0")}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"tier": "single"}, {"tier": "persistent"}, {"tier": "persistent", "parts": 8, "sms": 8}, {"tier": "step"}],
+    ids=["single", "persistent", "teams of eight", "step"],
+)
+def test_the_recurrent_products_of_few_units_lose_nothing_to_tf32(options):
+    assert torch.backends.cudnn.rnn.fp32_precision != "ieee"  # what allows it on CUDA
+    found = recurrent_errors(48, **options, **({} if CUDA else {"tf32": True}))
+    # fp32 errs by 1e-6 at most, and TF32 by 1e-4.
+    assert max(found.values()) < 5e-6, found
+
+
+@pytest.mark.skipif(CUDA, reason="the pretended TF32 is the emulator's")
+def test_more_units_are_multiplied_as_tf32_where_that_is_allowed():
+    """And rounded to nearest where the weights are: all of them cut off err by about twice as much."""
+    allowed = recurrent_errors(80, tier="persistent", tf32=True)
+    assert 2e-5 < allowed["out"] < 1e-3
+    assert recurrent_errors(80, tier="persistent")["out"] < 1e-6
 
 
 def test_the_protocols_give_the_same_bits():

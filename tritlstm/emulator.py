@@ -71,6 +71,7 @@ class Emulation:
     fault: Fault | None = None
     spin_limit: int = 20_000
     timeout_s: float = 120.0
+    tf32: bool = False
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -97,16 +98,18 @@ def emulate(
     fault: Fault | None = None,
     spin_limit: int = 20_000,
     timeout_s: float = 120.0,
+    tf32: bool = False,
     **overrides: Any,
 ) -> Iterator[Emulation]:
     """Runs CPU tensors of fp32, fp16 and bf16 through the Triton kernels, in the parallel emulator.
 
     ``sms`` is how many thread blocks the pretended device holds at once, ``shared_bytes`` the shared memory
-    of each. ``seed`` makes ``delays`` repeatable as far as the operating system's scheduling lets them be.
+    of each. ``seed`` makes ``delays`` repeatable as far as the operating system's scheduling lets them be. With
+    ``tf32``, fp32 is multiplied as TF32: of the operands only the upper 19 bits are read.
     ``overrides`` force fields of the plan, as in :func:`tritlstm.plan.plan` (``block_h=16``,
     ``protocol='counter'``, …).
     """
-    emulation = Emulation(sms, shared_bytes, seed, delays, fault, spin_limit, timeout_s, overrides)
+    emulation = Emulation(sms, shared_bytes, seed, delays, fault, spin_limit, timeout_s, tf32, overrides)
     token = _current.set(emulation)
     try:
         yield emulation

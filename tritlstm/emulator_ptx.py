@@ -188,6 +188,8 @@ def _value(opcode: str, kind: list[str], sources: list[np.ndarray]) -> np.ndarra
         left, right = (source.view(signed) for source in sources[:2])
         result = _COMPARE[kind[1]](left, right)
         return result & sources[2] if kind[2] == "and" else result
+    if opcode == "cvt.rna.tf32.f32":  # to nearest, ties away from zero; no NaN, which might become infinite
+        return (sources[0].view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)
     if opcode == "ex2.approx.ftz.f32":
         with np.errstate(over="ignore"):
             return np.exp2(sources[0])

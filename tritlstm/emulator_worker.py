@@ -93,7 +93,11 @@ class Builder(interpreter.InterpreterBuilder):
         operands = []
         for operand in (a, b):
             is_bf16 = operand.dtype.scalar == tl.bfloat16
-            operands.append(bf16_to_float32(operand.data) if is_bf16 else operand.data.astype(np.float32))
+            values = bf16_to_float32(operand.data) if is_bf16 else operand.data.astype(np.float32)
+            if str(input_precision).endswith("TF32"):
+                # As the matrix unit reads it: the low bits are cut off. It leaves those of other types alone.
+                values = (values.view(np.uint32) & ~np.uint32(0x1FFF)).view(np.float32)
+            operands.append(values)
         product = np.matmul(*operands) + d.data
         return interpreter.TensorHandle(product.astype(d.data.dtype), d.dtype.scalar)
 
@@ -143,6 +147,8 @@ class Builder(interpreter.InterpreterBuilder):
             element = kind.scalar
             if element in (tl.int32, tl.int64):
                 data = data.view(f"i{data.dtype.itemsize}")
+            elif element == tl.float32:
+                data = data.view(np.float32)
             results.append(interpreter.TensorHandle(data, element))
         return types.SimpleNamespace(get_result=lambda n: results[n])
 

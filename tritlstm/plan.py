@@ -141,7 +141,10 @@ def _has_tf32(index: int | None) -> bool:
 
 def dot_precision(x: Tensor) -> str:
     """``input_precision`` of the kernels' products: fp32 follows torch's TF32 switch for cuDNN RNNs."""
-    if x.dtype != torch.float32 or emulator.active() or torch.version.hip or not _has_tf32(x.device.index):
+    emulation = emulator.current()
+    if emulation is not None:
+        return "tf32" if emulation.tf32 and x.dtype == torch.float32 else "ieee"
+    if x.dtype != torch.float32 or torch.version.hip or not _has_tf32(x.device.index):
         return "ieee"
     # "none" follows the switch above it; `allow_tf32 = False` leaves "none" everywhere.
     for switch in (torch.backends.cudnn.rnn, torch.backends.cudnn, torch.backends):
@@ -149,6 +152,16 @@ def dot_precision(x: Tensor) -> str:
         if precision != "none":
             return "tf32" if precision == "tf32" else "ieee"
     return "ieee"
+
+
+#: Up to so many units the recurrent products of fp32 are made of three of TF32 where one is allowed.
+SPLIT_UNITS = 64
+
+
+def _split(precision: str, hidden: int) -> str:
+    """How the recurrent products are made: cuDNN does not use TF32 in them for few units (seen on an H200 for 64 and
+    1024 sequences), and where a step is short three of them are cheap."""
+    return "tf32x3" if precision == "tf32" and padded(hidden) <= SPLIT_UNITS else precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +183,10 @@ class StepCost:
 
 
 SHARED_BYTES_PER_CLOCK = 128
+#: How much longer streamed columns of w_hh take in fp32, where wgmma wants them transposed: they pass through registers
+#: value by value. On an H200 the backward of B=64, H=1024 took 43 µs a step, and B=128 85, where 17.5 and 35 were
+#: predicted without; 9.7 and 19.4 of these were for streaming.
+TRANSPOSED = 3.6
 HOST_LAUNCH_US = 30.0  # what Python takes for one
 #: Steps of a chunk of a pipeline of layers, at least.
 SHORTEST_CHUNK = 16
@@ -324,6 +341,11 @@ class _Problem:
         return self.dtype.itemsize
 
     @property
+    def pieces(self) -> int:
+        """Tiles that an operand of the products is made of."""
+        return 2 if self.precision == "tf32x3" else 1
+
+    @property
     def depth(self) -> int:
         """K of the recurrent product: what a block reads of one batch row in a step."""
         return padded(self.hidden) * (4 if self.direction == "backward" else 1)
@@ -368,7 +390,7 @@ def _candidates(problem: _Problem) -> Iterator[RecurrentPlan]:
             if problem.chains > 1 and tier != "persistent" and not problem.one_step:
                 continue  # where one chain leaves no room for another, the layers run one after another
             for block_h, parts in _teams(problem, tier):
-                if block_h > 16 and block_h * parts >= 2 * padded(hidden):
+                if (block_h > 16 or parts > 4) and block_h * parts >= 2 * padded(hidden):
                     continue
                 for stages in _stages(problem, tier):
                     num_warps = _num_warps(problem, block_h * parts)
@@ -380,7 +402,9 @@ def _teams(problem: _Problem, tier: str) -> tuple[tuple[int, int], ...]:
 
     Backward a block has only BLOCK_H rows of its own, and K is 4 HX: a team of blocks multiplies for all its units,
     each block a part of K. The matrix unit then gets 64 rows or 128, and a block reads a part of what was exchanged.
-    The step tier has no exchange, so no teams.
+    The step tier has no exchange, so no teams. Eight blocks of 8 units read half of what four of 16 read, and multiply
+    half as much, where there are multiprocessors for twice as many blocks; eight of 16 make up as many rows as four of
+    32.
     """
     if problem.direction == "forward" or tier == "step":
         # 64 units without wgmma take all registers; side by side, or with Triton 3.6 or 3.9, a few more.
@@ -388,7 +412,10 @@ def _teams(problem: _Problem, tier: str) -> tuple[tuple[int, int], ...]:
         wide = problem.direction == "forward" and fit
         sizes = (16,) if _scalar_products(problem) else (16, 32, 64) if wide else (16, 32)
         return tuple((block_h, 1) for block_h in sizes)
-    return ((16, 4),) if _scalar_products(problem) else ((16, 4), (32, 2), (32, 4))
+    if _scalar_products(problem):
+        return ((16, 4),)
+    eights = ((8, 8), (16, 8)) if problem.device.matrix_rows > 16 else ()
+    return ((16, 4), (32, 2), (32, 4), *eights)
 
 
 def _max_registers(device: Device, crowded: bool = False) -> int | None:
@@ -429,10 +456,10 @@ STAGES = 3
 
 def _stages(problem: _Problem, tier: str) -> tuple[int, ...]:
     """Stages that the loop over streamed chunks may have. AMD's pipelines are other ones; FMAs are slower than any
-    copy; and a streaming kernel's polls are seen to stay out of the pipeline only under the flag protocol."""
+    copy; what is split passes through registers; and a streaming kernel's polls are seen to stay out of the pipeline only under the flag protocol."""
     streams = tier == "step" or (tier == "streaming" and problem.protocols == ("flag",))
     arch = problem.device.arch
-    if not streams or arch.startswith("gfx") or _scalar_products(problem):
+    if not streams or arch.startswith("gfx") or _scalar_products(problem) or problem.pieces > 1:
         return (1,)
     if tier == "streaming" and problem.device.matrix_rows > 16 and arch != "emulated":
         # For tcgen05 the compiler would run the polls ahead as well, and fails. On an H200 the pipeline was at best as
@@ -495,7 +522,8 @@ def _scalar_products(problem: _Problem) -> bool:
 def _feasible(
     problem: _Problem, tier: str, block_h: int, block_b: int, parts: int, num_warps: int, stages: int
 ) -> Iterator[RecurrentPlan]:
-    device, hidden, element, sms = problem.device, problem.hidden, problem.element, problem.device.sms
+    device, hidden, sms = problem.device, problem.hidden, problem.device.sms
+    element = problem.element * problem.pieces  # of an operand of the products
     forward = problem.direction == "forward"
     matrices = 2 if problem.stacked else 1  # of weights a block
     threads = num_warps * device.warp_size
@@ -526,8 +554,10 @@ def _feasible(
         chunk_bytes = rows * block_k * element
         tile_bytes = block_k * block_b * element
         scratch = rows * block_b * 4
-        if tile_bytes < 16 * threads and device.arch.startswith("sm_"):
+        if tile_bytes < 16 * threads * problem.pieces and device.arch.startswith("sm_"):
             return  # a thread waits for whole runs of 16 bytes
+        if parts == 8 and (depth * problem.element % 16 or cells < 1):
+            return  # a part of K would not begin with such a run, or each cell be computed twice
         room = device.shared_bytes - scratch
         per_tile = tile_bytes / 4 / threads
         from_shared = device.matrix_rows > 16
@@ -535,6 +565,8 @@ def _feasible(
         received /= matrices  # two loops' worth of addresses are held
         if TRITON < (3, 7) and problem.stacked and not forward:
             received /= 2  # else 16 bytes spill for sm_90
+        if parts == 8 and cells >= 2 and problem.element == 4:
+            received /= 2  # beside the sums of eight blocks, else 40 to 80 bytes spill for sm_90
         if problem.normed and forward and _scalar_products(problem):
             received = 0  # one at a time, else 8 bytes spill for sm_90
         resident = poll = 0
@@ -601,7 +633,8 @@ def _cost(problem: _Problem, plan: RecurrentPlan) -> StepCost:
     weight_bytes = plan.block_h * 4 * problem.hidden * element
     share = plan.resident / plan.chunks
     contracted = _power_of_two(problem.hidden, 16) if plan.tier == "single" else problem.hidden
-    multiply_adds = plan.block_h * plan.block_b * 4 * contracted
+    products = 3 if problem.pieces == 2 else 1
+    multiply_adds = products * plan.block_h * plan.block_b * 4 * contracted
     rate = device.fma_per_clock * (1.0 if element == 2 else 0.5)
     if problem.precision == "ieee" and element == 4:
         rate = 128 * 0.25  # CUDA cores, operands from shared memory
@@ -614,7 +647,7 @@ def _cost(problem: _Problem, plan: RecurrentPlan) -> StepCost:
     per_clock = SHARED_BYTES_PER_CLOCK
     if plan.block_b < 16 and device.matrix_rows > 16:
         per_clock //= 2  # no wgmma is that narrow: weights pass through registers
-    shared = (share * weight_bytes + tiles_read / plan.parts) / (per_clock * clock)
+    shared = products * (share * weight_bytes + tiles_read / plan.parts) / (per_clock * clock)
     read = rows * depth // plan.parts * element
     receptions = math.ceil(plan.resident / plan.poll)
     # Of a pipeline only the first chunk is waited for: to copy one takes longer than to wait for h.
@@ -637,6 +670,8 @@ def _cost(problem: _Problem, plan: RecurrentPlan) -> StepCost:
         parts += 2 * (known.flag_us + known.l2_latency_us + copied)
     left = (1.0 - share) * weight_bytes
     streamed = max(left / known.sm_l2_bytes_per_us, blocks * left / device.l2_bytes_per_us)
+    if not forward and element == 4 and device.matrix_rows > 16:
+        streamed *= TRANSPOSED
     hand_off = {"none": 0.0, "counter": known.counter_us, "flag": known.flag_us}[plan.protocol]
     cells = plan.block_h * plan.block_b / (32 * plan.num_warps)  # a thread; the constants are those of two
     cell = (known.cell_us if forward else known.grad_us) * (0.5 + 0.25 * cells)
@@ -648,7 +683,8 @@ def _cost(problem: _Problem, plan: RecurrentPlan) -> StepCost:
     launch = known.launch_us if plan.tier == "step" and not problem.one_step else 0.0
     weights = max(matrix, shared) + known.fence_us * plan.chunks * (2 if plan.stacked else 1)
     if plan.tier == "single":
-        weights += known.turn_us * (1 if forward else 4)
+        # Twice as many operands pass to shared memory; that a turn then takes half as long again is an estimate.
+        weights += known.turn_us * (1 if forward else 4) * (1.5 if products > 1 else 1)
     return StepCost(
         hand_off, copy * waves, parts * waves, weights * waves, streamed * waves, cell * waves, launch, prefill
     )
@@ -720,8 +756,9 @@ def _recurrent(
     protocols = (asked,) if asked in ("flag", "counter") else ("flag",)
     one_step = one_step and not normed
     problem = _Problem(
-        direction, batch, hidden, dtype, precision, device, save, one_step, block_k, protocols, chains, stacked, normed
-    )
+        direction, batch, hidden, dtype, _split(precision, hidden), device, save, one_step, block_k, protocols, chains,
+        stacked, normed,
+    )  # fmt: skip
     try:
         return _best(problem, tuple(sorted(fixed.items())))
     except PlanError as error:
@@ -826,8 +863,8 @@ def tiers(
     """The best plan of every tier or, where a tier can't run these sizes, the reason."""
     one_step = length == 1 and not normed
     problem = _Problem(
-        direction, batch, hidden, dtype, precision, device, save, one_step, chains=chains, stacked=stacked,
-        normed=normed,
+        direction, batch, hidden, dtype, _split(precision, hidden), device, save, one_step, chains=chains,
+        stacked=stacked, normed=normed,
     )  # fmt: skip
     found: dict[str, RecurrentPlan | str] = {}
     for tier in TIERS:
