@@ -14,6 +14,7 @@ from triton.runtime import driver
 #: The module of each kernel.
 KERNELS = {
     "gate_gemm": "gate_gemm",
+    "one_step": "one_step",
     "recurrent_forward": "recurrent_forward",
     "recurrent_backward": "recurrent_backward",
     "product": "product",

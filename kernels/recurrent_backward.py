@@ -257,8 +257,9 @@ def recurrent_backward(
         above_weights = ()
         for j in tl.static_range(RESIDENT):
             k = depth_begin + j * BLOCK_K
-            above = _weight_chunk(above_ptr, team_begin, k, depth_end, H, HX, ROWS, BLOCK_K, PRECISION)
-            above_weights = above_weights + (above,)
+            above_weights = above_weights + (
+                _weight_chunk(above_ptr, team_begin, k, depth_end, H, HX, ROWS, BLOCK_K, PRECISION),
+            )
             if (j + 1) % PROLOGUE == 0:
                 tl.debug_barrier()
 

@@ -215,6 +215,8 @@ PATHS: dict[str, tuple[tuple[int, int, int, int], dict[str, Any]]] = {
     "step": ((4, 5, 7, 37), {"tier": "step"}),
     "step, copied ahead": ((3, 3, 5, 150), {"tier": "step", "block_k": 32, "stages": 3}),
     "T=1": ((1, 3, 5, 20), {}),
+    "T=1, H=150, more features": ((1, 37, 200, 150), {}),
+    "T=1 by the kernels of many steps": ((1, 3, 5, 20), {"tier": "step"}),
     "B=1": ((4, 1, 5, 20), {}),
     "H=64, free": ((3, 2, 64, 64), {}),
 }

@@ -23,16 +23,17 @@ class KernelChoice:
     """One kernel of one layer: the plan that runs and, tier by tier, the alternatives or why there is none."""
 
     name: str
-    chosen: plan.RecurrentPlan
+    chosen: plan.RecurrentPlan | plan.OneStepPlan
     tiers: dict[str, plan.RecurrentPlan | str]
 
     def __str__(self) -> str:
-        chosen = self.chosen
-        cost = dataclasses.asdict(chosen.cost)
-        parts = ", ".join(f"{name} {value:.2f}" for name, value in cost.items() if value)
+        chosen, parts = self.chosen, ""
+        if isinstance(chosen, plan.RecurrentPlan):
+            cost = dataclasses.asdict(chosen.cost)
+            parts = f" (of one tile: {', '.join(f'{name} {value:.2f}' for name, value in cost.items() if value)})"
         lines = [
             f"  {self.name}: {chosen.describe()}",
-            f"    predicted {chosen.us_per_step:.2f} us a step (of one tile: {parts}); not a measurement",
+            f"    predicted {chosen.us_per_step:.2f} us a step{parts}; not a measurement",
         ]
         for tier, other in self.tiers.items():
             if tier == chosen.tier:
@@ -356,12 +357,17 @@ def _kernel_runs(
     overrides = {} if emulation is None else emulation.overrides
     precision = plan.dot_precision(torch.empty(0, dtype=dtype))
     normed = "layer_norm" in beyond
+    at_once = length == 1 and not beyond and not _folds(module) and "tier" not in overrides
 
     def choices(chains: int, width: int, stacked: bool = False) -> tuple[KernelChoice, ...]:
         found = []
         for direction in ("forward", "backward") if training else ("forward",):
             arguments = (direction, length, batch, width, dtype, device, precision, training)
-            chosen = plan.recurrent(*arguments, overrides, chains, stacked, normed)
+            chosen: plan.RecurrentPlan | plan.OneStepPlan
+            if direction == "forward" and at_once and chains == 1:
+                chosen = plan.one_step(batch, call.input_size, hidden, dtype, device, precision, training)
+            else:
+                chosen = plan.recurrent(*arguments, overrides, chains, stacked, normed)
             found.append(KernelChoice(direction, chosen, plan.tiers(*arguments, chains, stacked, normed)))
         return tuple(found)
 
@@ -374,6 +380,7 @@ def _kernel_runs(
         kernels = choices(together, hidden // heads if together > 1 else hidden)
     except plan.PlanError:
         kernels, together = choices(1, hidden), 1
+    at_once = at_once and together == 1
     passes = directions if together == 1 or heads > 1 else 1
     beside = f", its {heads} heads side by side" if heads > 1 else ", both directions side by side"
     apart = _Run(call.first, 1, "kernels", "Triton kernels", kernels, "apart", passes, beside if together > 1 else "")
@@ -398,13 +405,19 @@ def _kernel_runs(
     columns = hidden if together == 1 else together * plan.padded(hidden // heads)
 
     def tile(features: int) -> str:
+        if at_once:
+            return plan.one_step(batch, features, hidden, dtype, device, precision, training).describe()
         gemm = plan.gate_gemm(length * batch, features, columns, dtype, device, precision)
         return f"{gemm.block_m} rows, {gemm.block_n} gates, {gemm.block_k} deep"
 
     tiles = [tile(call.input_size)]
     if layers > (runs[0].layers if runs[0].way == "wavefront" else 1):
         tiles.append(tile(directions * (getattr(module, "proj_size", 0) or hidden)))
-    notes.insert(1, f"the product of input and weights in tiles of {'; above layer 0 of '.join(dict.fromkeys(tiles))}")
+    tiles = list(dict.fromkeys(tiles))
+    if not at_once:
+        notes.insert(1, f"the product of input and weights in tiles of {'; above layer 0 of '.join(tiles)}")
+    elif len(tiles) > 1:
+        notes.insert(1, f"above layer 0: {tiles[1]}")
     if len(runs) > 1:
         notes.append("groups of layers run one after another")
     elif runs[0].way == "apart" and layers * passes > 1:

@@ -40,7 +40,7 @@ import torch
 
 from . import machine_code, measured, plan
 from .kernels.launch import Launch, kernel_function
-from .plan import Device, GemmPlan, RecurrentPlan
+from .plan import Device, GemmPlan, OneStepPlan, RecurrentPlan
 
 __all__ = [
     "Configuration",
@@ -102,7 +102,7 @@ class Configuration:
     """One kernel that the planner can choose on a device, at the largest size it is chosen for."""
 
     launch: Launch
-    plan: RecurrentPlan | GemmPlan
+    plan: RecurrentPlan | GemmPlan | OneStepPlan
     dtype: torch.dtype
     device: Device
     variant: str = "plain"
@@ -168,6 +168,14 @@ def gemm_launch(chosen: GemmPlan, dtype: torch.dtype) -> Launch:
     return chosen.launch({**pointers, "rows": 3, "B": 3, "x_stride_t": 3, "x_stride_b": 3})
 
 
+def one_step_launch(chosen: OneStepPlan, lengths: bool = False) -> Launch:
+    value, single = _meta(chosen.dtype, 1), _meta(torch.float32, 1)
+    names = inspect.signature(kernel_function("one_step").fn).parameters
+    given: dict[str, Any] = {name: value for name in names if name.endswith("_ptr")}
+    given |= {"lengths_ptr": _meta(torch.int32, 1) if lengths else None, "cells_ptr": single}
+    return chosen.launch({**given, "B": 3, "x_stride_b": 3})
+
+
 def recurrent_key(chosen: RecurrentPlan) -> tuple:
     """What tells the kernels of a direction and dtype apart, except for H and what follows from it."""
     return (chosen.tier, chosen.protocol, chosen.block_h, chosen.block_b, chosen.block_k, chosen.parts,
@@ -184,7 +192,7 @@ def configurations(device: Device, products: Any = PRODUCTS, variant: str = "pla
     found: dict[tuple, Configuration] = {}
     plain, normed = variant == "plain", variant.endswith("norm")
 
-    def keep(launch: Launch, chosen: RecurrentPlan | GemmPlan, dtype: torch.dtype) -> None:
+    def keep(launch: Launch, chosen: RecurrentPlan | GemmPlan | OneStepPlan, dtype: torch.dtype) -> None:
         configuration = Configuration(launch, chosen, dtype, device, variant)
         key = configuration_key(configuration)
         if key not in found or found[key].plan.hidden < chosen.hidden:
@@ -213,6 +221,9 @@ def configurations(device: Device, products: Any = PRODUCTS, variant: str = "pla
                 for h in (hidden, hidden + UNEVEN):
                     g = plan.gate_gemm(rows, h, h, dtype, device, precision)
                     keep(gemm_launch(g, dtype), g, dtype)
+            for batch, h in itertools.product(BATCH_SIZES, (hidden, hidden + UNEVEN)):
+                one = plan.one_step(batch, h, h, dtype, device, precision)
+                keep(one_step_launch(one, h != hidden), one, dtype)
     return list(found.values())
 
 
@@ -235,6 +246,8 @@ def configuration_key(configuration: Configuration) -> tuple:
     common = (configuration.launch.kernel, configuration.dtype, chosen.precision, chosen.hidden % 8 != 0)
     if isinstance(chosen, RecurrentPlan):
         return (*common, chosen.save, *recurrent_key(chosen))
+    if isinstance(chosen, OneStepPlan):
+        return (*common, chosen.block_h, chosen.block_b, chosen.block_k, chosen.constants["RECURRENT"])
     return (*common, chosen.block_m, chosen.block_n, chosen.block_k, chosen.num_warps, chosen.num_stages)
 
 
@@ -312,7 +325,7 @@ def expected_matrix(launch: Launch, dtype: torch.dtype, arch: str) -> re.Pattern
         return None
     if launch.kernel == "gate_gemm":
         rows = constants["BLOCK_M"]
-    elif launch.kernel == "recurrent_forward":
+    elif launch.kernel in ("recurrent_forward", "one_step"):
         rows = 4 * constants["BLOCK_H"]
     else:
         rows = constants["BLOCK_H"] * constants["PARTS"]
@@ -407,8 +420,9 @@ def _heading(configuration: Configuration, arch: str) -> dict[str, Any]:
         "max_registers": launch.max_registers,
         "cooperative": launch.cooperative,
     }
-    if isinstance(chosen, RecurrentPlan):
+    if not isinstance(chosen, GemmPlan):
         config["lengths"] = launch.arguments["lengths_ptr"] is not None
+    if isinstance(chosen, RecurrentPlan):
         config |= {"tier": chosen.tier, "protocol": chosen.protocol, "planned_shared_bytes": chosen.shared_bytes}
     versions = {"triton": _triton_version(), "torch": torch.__version__}
     dtype = TYPE_NAMES[configuration.dtype]
@@ -493,6 +507,9 @@ def describe(configuration: Configuration) -> str:
         if configuration.variant != "plain":
             mode = f"{configuration.variant} {mode}"
         return f"{mode} {dtype} H={chosen.hidden}{lengths} {chosen.describe()}, poll {chosen.poll}"
+    if isinstance(chosen, OneStepPlan):
+        lengths = " lengths" if configuration.launch.arguments["lengths_ptr"] is not None else ""
+        return f"one_step {dtype} D=H={chosen.hidden}{lengths} {chosen.describe()}, {chosen.block_k} deep"
     tile = f"{chosen.block_m}x{chosen.block_n}x{chosen.block_k}"
     return f"gate_gemm {dtype} D=H={chosen.hidden} tile {tile}, {chosen.num_warps} warps"
 

@@ -158,6 +158,9 @@ def forward(
     (else empty).
     """
     length, batch, _ = x.shape
+    plain = cell is PLAIN and norm is None and gate0 is None and not recompute
+    if length == 1 and plain and "tier" not in _overrides():
+        return _one_step(x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, save, states)
     hidden = w_hh.shape[1]
     width = padded(hidden)
     precision = plan.dot_precision(x)
@@ -219,6 +222,52 @@ def forward(
     if states is not None:
         return out, h_n, c_n if c_n is states[1] else states[1].copy_(c_n), gates, cells
     return out, h_n, c_n.to(c0.dtype), gates if save and not recompute else x.new_empty(0), cells
+
+
+def _one_step(
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    h0: Tensor,
+    c0: Tensor,
+    lengths: Tensor | None,
+    save: bool,
+    states: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:func:`forward` of one time step and the plain cell, whose direction is no matter."""
+    _, batch, features = x.shape
+    hidden = w_hh.shape[1]
+    chosen = plan.one_step(batch, features, hidden, x.dtype, plan.device_of(x), plan.dot_precision(x), save)
+    out = torch.empty((1, batch, hidden), dtype=x.dtype, device=x.device)
+    h_n, c_n = states or (torch.empty_like(out[0]), torch.empty((batch, hidden), dtype=c0.dtype, device=x.device))
+    gates, cells = _untouched(x.dtype, x.device), _untouched(torch.float32, x.device)
+    if save:
+        gates = torch.empty((1, batch, 4 * padded(hidden)), dtype=x.dtype, device=x.device)
+        cells = torch.empty((1, batch, padded(hidden)), dtype=torch.float32, device=x.device)
+    x, _, stride_b = _row_strides(x)
+    arguments = {
+        "x_ptr": x,
+        "w_ih_ptr": w_ih.contiguous(),
+        "w_hh_ptr": w_hh.contiguous(),
+        "b_ih_ptr": b_ih,
+        "b_hh_ptr": b_hh,
+        "h0_ptr": h0.contiguous(),
+        "c0_ptr": c0.contiguous(),
+        "lengths_ptr": lengths,
+        "out_ptr": out,
+        "h_n_ptr": h_n,
+        "c_n_ptr": c_n,
+        "gates_ptr": gates,
+        "cells_ptr": cells,
+        "B": batch,
+        "x_stride_b": stride_b,
+    }
+    _run(chosen.launch(arguments))
+    if save or states is not None:
+        return out, h_n, c_n, gates, cells
+    return out, h_n, c_n, x.new_empty(0), cells.new_empty(0)
 
 
 def _with_cell(layout: plan.RecurrentPlan, cell: Cell, **constants: Any) -> plan.RecurrentPlan:

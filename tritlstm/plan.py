@@ -28,6 +28,7 @@ __all__ = [
     "TIERS",
     "Device",
     "GemmPlan",
+    "OneStepPlan",
     "PlanError",
     "RecurrentPlan",
     "StepCost",
@@ -36,6 +37,7 @@ __all__ = [
     "dot_precision",
     "gate_gemm",
     "next_layers",
+    "one_step",
     "recurrent",
     "tiers",
     "together",
@@ -335,6 +337,7 @@ class _Problem:
     stacked: bool = False
     #: Layer normalisation: sums over all units inside a step, so no tier that launches step by step.
     normed: bool = False
+    parts: int | None = None  # that were asked for
 
     @property
     def element(self) -> int:
@@ -370,8 +373,8 @@ def _block_k(problem: _Problem, depth: int, tier: str, block_b: int, threads: in
     # Without wgmma, the operands of a product pass through registers as well.
     most = RECEIVED_REGISTERS / (2 if problem.device.matrix_rows > 16 else 4) / (2 if problem.stacked else 1)
     chunks = [chunk for chunk in chunks if received[chunk] <= most] or chunks[-1:]
-    if problem.precision == "tf32" and problem.direction == "forward" and depth > 2 * chunks[0]:
-        chunks = chunks[1:] or chunks  # three long chunks of weights, rounded on their way in, spill 56 bytes for sm_90
+    if problem.precision == "tf32" and depth > 2 * chunks[0]:
+        chunks = chunks[1:] or chunks  # three long chunks of weights, rounded on their way in, spill up to 104 bytes
     return min(chunks, key=lambda chunk: -(-depth // chunk) * (chunk + 48))
 
 
@@ -409,12 +412,14 @@ def _teams(problem: _Problem, tier: str) -> tuple[tuple[int, int], ...]:
     if problem.direction == "forward" or tier == "step":
         # 64 units without wgmma take all registers; side by side, or with Triton 3.6 or 3.9, a few more.
         fit = problem.device.matrix_rows > 16 or (TUNED and problem.chains == 1)
-        wide = problem.direction == "forward" and fit
+        wide = problem.direction == "forward" and fit and problem.pieces == 1
         sizes = (16,) if _scalar_products(problem) else (16, 32, 64) if wide else (16, 32)
         return tuple((block_h, 1) for block_h in sizes)
     if _scalar_products(problem):
         return ((16, 4),)
-    eights = ((8, 8), (16, 8)) if problem.device.matrix_rows > 16 else ()
+    # The emulator would run twice as many processes for nothing.
+    emulated = problem.device.arch == "emulated" and problem.parts != 8
+    eights = () if problem.device.matrix_rows == 16 or emulated else ((8, 8), (16, 8))
     return ((16, 4), (32, 2), (32, 4), *eights)
 
 
@@ -456,7 +461,8 @@ STAGES = 3
 
 def _stages(problem: _Problem, tier: str) -> tuple[int, ...]:
     """Stages that the loop over streamed chunks may have. AMD's pipelines are other ones; FMAs are slower than any
-    copy; what is split passes through registers; and a streaming kernel's polls are seen to stay out of the pipeline only under the flag protocol."""
+    copy; what is split passes through registers; and a streaming kernel's polls are seen to stay out of the pipeline
+    only under the flag protocol."""
     streams = tier == "step" or (tier == "streaming" and problem.protocols == ("flag",))
     arch = problem.device.arch
     if not streams or arch.startswith("gfx") or _scalar_products(problem) or problem.pieces > 1:
@@ -501,6 +507,9 @@ def _most_cells(problem: _Problem, tier: str, block_b: int) -> float:
             return 2
         if problem.chains > 1 and problem.direction == "forward" and problem.device.matrix_rows > 16 and not TUNED:
             return 4  # 8 spill 8 to 24 bytes for sm_90
+        if problem.direction == "backward" and problem.pieces > 1:
+            # 4 spill 8 bytes for sm_80, and 2 beside another chain 8 to 24.
+            return 0 if problem.chains > 1 else 2 if problem.device.matrix_rows == 16 else 4
         if problem.direction == "backward" and problem.element == 4 and problem.device.matrix_rows > 16:
             return 4 if block_b <= 16 else 0  # 8 spill 8 bytes for sm_90
         return 8 if problem.direction == "forward" or block_b <= 16 else 0
@@ -511,6 +520,8 @@ def _most_cells(problem: _Problem, tier: str, block_b: int) -> float:
         return 2  # 4 spill 16 bytes for sm_90 at H=1536
     if backward and _without_wgmma(problem.device):
         return 2  # 4 spill 8 to 16 bytes for sm_80
+    if problem.chains > 1 and problem.element == 4 and problem.device.matrix_rows > 16:
+        return 2  # 4 spill 8 to 48 bytes for sm_90
     return 2 if problem.element == 4 and (few or backward) else 4
 
 
@@ -565,8 +576,11 @@ def _feasible(
         received /= matrices  # two loops' worth of addresses are held
         if TRITON < (3, 7) and problem.stacked and not forward:
             received /= 2  # else 16 bytes spill for sm_90
-        if parts == 8 and cells >= 2 and problem.element == 4:
-            received /= 2  # beside the sums of eight blocks, else 40 to 80 bytes spill for sm_90
+        if problem.precision == "tf32" and from_shared and cells >= 2:
+            if forward:
+                received /= 4  # beside weights that pass through registers to be rounded, else 8 to 88 bytes spill
+            elif parts == 8:
+                received /= 2  # beside the sums of eight blocks, else 40 to 80 bytes spill
         if problem.normed and forward and _scalar_products(problem):
             received = 0  # one at a time, else 8 bytes spill for sm_90
         resident = poll = 0
@@ -757,7 +771,7 @@ def _recurrent(
     one_step = one_step and not normed
     problem = _Problem(
         direction, batch, hidden, dtype, _split(precision, hidden), device, save, one_step, block_k, protocols, chains,
-        stacked, normed,
+        stacked, normed, fixed.get("parts"),
     )  # fmt: skip
     try:
         return _best(problem, tuple(sorted(fixed.items())))
@@ -1026,3 +1040,114 @@ def gate_gemm(
     tiles = -(-rows // block_m) * -(-columns // block_n)
     return GemmPlan(features, hidden, precision, block_m, block_n, block_k, 8, num_warps, num_stages, tiles,
                     _max_registers(device))  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class OneStepPlan:
+    """How a sequence of one time step will be launched: both products and the cell at once."""
+
+    tier = "step"
+
+    features: int
+    hidden: int
+    dtype: torch.dtype
+    precision: str
+    block_h: int
+    block_b: int
+    block_k: int
+    num_warps: int
+    stages: int
+    grid: tuple[int, int]
+    save: bool
+    us_per_step: float  # predicted, of the launch
+    max_registers: int | None = None
+    amd: bool = False
+
+    @functools.cached_property
+    def constants(self) -> dict[str, Any]:
+        return {
+            "D": self.features,
+            "H": self.hidden,
+            "HX": padded(self.hidden),
+            "BLOCK_H": self.block_h,
+            "BLOCK_B": self.block_b,
+            "BLOCK_K": self.block_k,
+            "STAGES": self.stages,
+            "PRECISION": self.precision,
+            "RECURRENT": _split(self.precision, self.hidden),
+            "SAVE": self.save,
+            "AMD": self.amd,
+        }
+
+    def launch(self, arguments: dict[str, Any]) -> Launch:
+        return Launch(
+            "one_step",
+            self.grid,
+            arguments,
+            self.constants,
+            self.num_warps,
+            max_registers=self.max_registers,
+            compiled=self._compiled,
+        )
+
+    @functools.cached_property
+    def _compiled(self) -> Compiled:
+        return Compiled()
+
+    def describe(self) -> str:
+        """One line: tiles."""
+        return (
+            f"one launch for both products and the cell, {self.grid[0]} blocks of {self.block_h} units x "
+            f"{self.grid[1]} batch tiles of {self.block_b}, {self.num_warps} warps"
+        )
+
+
+@functools.lru_cache(maxsize=4096)
+def one_step(
+    batch: int,
+    features: int,
+    hidden: int,
+    dtype: torch.dtype,
+    device: Device,
+    precision: str = "ieee",
+    save: bool = True,
+) -> OneStepPlan:
+    """The plan of a sequence of one step, ``x`` [1, B, D]: the tiles that are predicted to take the least time.
+
+    All weights are read once, whatever B; so few units a block, and many blocks, where there are few sequences.
+    """
+    scalar = precision == "ieee" and dtype == torch.float32 and device.arch != "emulated"
+    element, known, forms = dtype.itemsize, device.constants, []
+    for block_h in (16,) if scalar else (4, 8, 16, 32):
+        for block_b in (16,) if scalar else (16, 32, 64, 128):
+            rows, warps = 4 * block_h, 8 if scalar else block_h // 4
+            cells = block_h * block_b / (warps * device.warp_size)
+            if cells > MOST_CELLS_AT_ONCE or (block_b > 16 and block_b >= 2 * _power_of_two(batch, 16)):
+                continue
+            grid = (-(-padded(hidden) // block_h), -(-batch // block_b))
+            blocks = min(grid[0] * grid[1], device.sms)
+            read = (rows + min(batch, block_b)) * (features + hidden) * element
+            rate = 32.0 if scalar else device.fma_per_clock * (1 if element == 2 else 0.5)
+            if rows < device.matrix_rows:
+                rate /= 2
+            us = max(
+                read / known.sm_l2_bytes_per_us, blocks * read / device.l2_bytes_per_us,
+                rows * block_b * (features + hidden) / (rate * device.clock_ghz * 1e3),
+            )  # fmt: skip
+            us = (us + known.cell_us * (0.5 + 0.25 * cells)) * math.ceil(grid[0] * grid[1] / device.sms)
+            # Rows that do not begin at 16 bytes are loaded element by element, each with an address of its own.
+            ragged = features * element % 16 != 0 or hidden * element % 16 != 0
+            registers = (CHUNK_REGISTERS if cells <= 2 else CHUNK_REGISTERS * 3 // 4) // (3 if ragged else 1)
+            most = min(registers * 128 * warps, device.shared_bytes // 6)
+            block_k = 1 << (most // ((rows + block_b) * element)).bit_length() - 1
+            block_k = 32 if scalar else max(16, min(block_k, _power_of_two(max(features, hidden), 16)))
+            forms.append((us, block_h, block_b, block_k, warps, grid))
+    us, block_h, block_b, block_k, warps, grid = min(forms)
+    return OneStepPlan(
+        features, hidden, dtype, precision, block_h, block_b, block_k, warps, 1 if scalar else 3, grid, save,
+        us + known.l2_latency_us, _max_registers(device), device.arch.startswith("gfx"),
+    )  # fmt: skip
+
+
+#: Of the kernel for one step, at most: cells a thread computes, and registers of what a thread multiplies at a time.
+MOST_CELLS_AT_ONCE, CHUNK_REGISTERS = 8, 64
