@@ -683,6 +683,12 @@ _TORCHS_NAMES = {
 }  # fmt: skip
 
 
+_CPP_NAMES = {
+    torch.float16: "c10::Half", torch.bfloat16: "c10::BFloat16", torch.float32: "float", torch.float64: "double",
+    torch.int32: "int", torch.int64: "long int",
+}  # fmt: skip
+
+
 def _check_tensors(x: Tensor, hx: Any, weights: list[Tensor]) -> None:
     """What torch's own LSTM checks where it runs, so that the operators must; in the words it has for CUDA."""
     if isinstance(hx, Tensor):
@@ -742,6 +748,10 @@ def _check_cell(x: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor) -> None:
             )
     for a, b in ((x, w_ih), (hx[0], w_hh)):
         if _dtype_of_results(a) != _dtype_of_results(b):
+            # torch's cell is one `linear` a product on the CPU, and a `matmul` on CUDA, which has words of its own.
+            if x.is_cuda:
+                names = f"{_CPP_NAMES.get(a.dtype, a.dtype)} != {_CPP_NAMES.get(b.dtype, b.dtype)}"
+                raise RuntimeError(f"expected mat1 and mat2 to have the same dtype, but got: {names}")
             raise RuntimeError(
                 f"mat1 and mat2 must have the same dtype, but got {_torchs_name(a)} and {_torchs_name(b)}"
             )
