@@ -372,8 +372,8 @@ class TestErrors:
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.int64], ids=str)
     @pytest.mark.parametrize("wrong", ["x", "h"])
     def test_a_cells_words_about_types_on_cuda(self, wrong, dtype):
-        """Where torch's cell is a matmul, not a linear. The words for CPU tensors differ in two letters; seen from here,
-        where there is no GPU, by tensors without memory."""
+        """Where torch's cell is a matmul, not a linear; a matmul of CPU tensors has almost the same words. The tensors
+        are without memory, so that no GPU is needed."""
         with pytest.raises(RuntimeError) as caught:
             torch.mm(torch.zeros(3, 6, dtype=dtype), torch.zeros(6, 24))
         expected = str(caught.value).replace("m1 and m2", "mat1 and mat2")
