@@ -389,7 +389,7 @@ def test_a_gpu_is_calibrated(tmp_path):
     found, measurement = calibrate.calibrate(lambda text: None)
     measurement.write(tmp_path / "a.json")
     device = measured.read(tmp_path / "a.json").apply(plan.data_sheet(0))
-    # Not "less than before": the constants of sm_90 are such a fit already, and the least squares need not have the least
+    # Not "less than before": the constants of sm_90 are such a fit already, and least squares need not have the least
     # median. 9 % on an H200.
     assert found.after[0] < 0.25
     assert plan.recurrent("forward", 100, 16, 512, torch.float16, device).us_per_step > 0
