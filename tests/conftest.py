@@ -34,6 +34,9 @@ _stderr = pytest.StashKey[int]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_stderr] = os.dup(2)  # pytest captures nothing yet
+    if _failures():
+        # Whoever ends the run at a time limit gets the report of what has run.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -41,12 +44,31 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     os.close(config.stash[_stderr])
 
 
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Failures as they happen, for a run that may be ended before its own report: TRITLSTM_FAILURES names a file."""
-    path = os.environ.get("TRITLSTM_FAILURES")
-    if path and report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+def _failures() -> str | None:
+    """TRITLSTM_FAILURES names a file for failures as they happen, of a run that may be ended before its own report."""
+    return None if "PYTEST_XDIST_WORKER" in os.environ else os.environ.get("TRITLSTM_FAILURES")
+
+
+def _note(nodeid: str, when: str | None, text: str) -> None:
+    path = _failures()
+    if path:
         with open(path, "a", encoding="utf-8") as file:
-            file.write(f"{report.nodeid} ({report.when})\n{report.longreprtext}\n\n")
+            file.write(f"{nodeid} ({when})\n{text}\n\n")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.failed:
+        _note(report.nodeid, report.when, report.longreprtext)
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    if report.failed:
+        _note(report.nodeid, "collection", report.longreprtext)
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    status = f"{session.testscollected} collected, {session.testsfailed} failed, exit status {int(exitstatus)}"
+    _note("the run", "end", status)
 
 
 def _limit(item: pytest.Item) -> float:

@@ -75,7 +75,10 @@ class Problem:
         self.width, self.rows = case.proj or case.h, case.layers * (1 + case.both)
         with torch.no_grad():
             for weight in self.module.parameters():
-                weight.copy_((0.4 * torch.randn(weight.shape)).to(case.dtype))
+                # Of wide layers so small that a rounding does not grow from step to step: with 0.4 and H = 500 torch's
+                # error in fp32 was 2 % after ten steps, in bfloat16 all, and budgets of twice that said nothing.
+                scale = 0.4 * min(1.0, (32 / weight.shape[1]) ** 0.5) if weight.dim() == 2 else 0.4
+                weight.copy_((scale * torch.randn(weight.shape)).to(case.dtype))
         self.x = self.draw(case.steps, case.batch, case.d)
         self.h0, self.c0 = self.draw(self.rows, case.batch, self.width), self.draw(self.rows, case.batch, case.h)
         if not case.states:

@@ -9,6 +9,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from capi_harness import (
@@ -53,7 +54,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import tritlstm
-from tritlstm import reference
+from tritlstm import emulator, reference
 from tritlstm.capi import build, host, network
 
 # torch says so once for each process; the C library is silent.
@@ -881,12 +882,34 @@ def test_another_version_of_the_package_is_refused():
 # -- CUDA ---------------------------------------------------------------------------------------------------
 
 
+def by_the_module(problem: Problem, device: str) -> dict[str, np.ndarray]:
+    """Outputs and gradients by tritlstm.LSTM itself, whose kernels other tests hold to torch."""
+    options = (problem.layers, problem.bias, False, 0.0, problem.bidirectional, problem.proj)
+    module = tritlstm.LSTM(problem.D, problem.H, *options, device=device, dtype=problem.dtype)
+    module.load_state_dict(problem.module.state_dict())
+    leaves = [value.detach().to(device).requires_grad_() for value in (problem.x, problem.h0, problem.c0)]
+    out, (h_n, c_n) = module(leaves[0], (leaves[1], leaves[2]), lengths=problem.lengths)
+    upstream = [grad.to(device) for grad in problem.grads]
+    gradients = torch.autograd.grad((out, h_n, c_n), [*leaves, *module.parameters()], upstream)
+    values = [value.detach().double().cpu().numpy() for value in (out, h_n, c_n, *gradients)]
+    return dict(zip(problem.names, values, strict=True))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case[5:] == ("float32", True)], ids=case_id)
+def test_what_a_gpu_is_compared_with_is_right(case):
+    problem = Problem(case)
+    base, own = problem.torch(torch.float64), problem.torch(problem.dtype)
+    with emulator.emulate():
+        assert_within_budget(by_the_module(problem, "cpu"), base, own, problem.dtype)
+
+
 @pytest.mark.cuda
 @PYTHON
 @pytest.mark.parametrize("case", [case for case in CASES if case[5] != "float64"], ids=case_id)
 def test_device_pointers_and_a_stream(c, case):
+    """Within twice the module's own error: that torch's on the CPU is larger in so few numbers would be luck."""
     problem = Problem(case)
-    base, own = problem.torch(torch.float64), problem.torch(problem.dtype)
+    base, own = problem.torch(torch.float64), by_the_module(problem, "cuda")
     stream = torch.cuda.Stream()
     lstm = c.create(pointers(list(problem.module.parameters())), **problem.options(), device=CUDA)
     with torch.cuda.stream(stream):

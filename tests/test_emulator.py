@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any
 
@@ -139,3 +140,18 @@ def test_a_status_record_is_read_once():
     with pytest.raises(status.ExchangeTimeout, match=r"step 9 \(block 7 of group 2\)"):
         status.check(record)
     status.check(record)
+
+
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, torch.inference_mode, lambda: torch.device("meta")])
+def test_the_record_of_a_gpu_lies_on_the_host_and_can_be_cleared(monkeypatch, mode):
+    """Whatever torch's default device is, and in whatever mode the first kernel was launched."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda record: record)  # which needs a GPU
+    monkeypatch.setattr(status, "_records", {})
+    with mode():
+        record = status.of(torch.device("cuda", 0))
+    assert record.is_cpu
+    assert status.of(torch.device("cuda", 0)) is record
+    record[0] = 1
+    with pytest.raises(status.ExchangeTimeout):
+        status.check(record)
+    assert record.tolist() == [0] * status.WORDS

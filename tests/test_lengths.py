@@ -103,6 +103,22 @@ class TestValues:
         module, x, hx = draw({"bidirectional": True})
         assert torch.equal(module(x, hx, lengths=form(LENGTHS))[0], module(x, hx, lengths=LENGTHS)[0])
 
+    def test_on_another_default_device(self, path):
+        """A list is checked on the host, and the CPU's tensors stay there."""
+        module, x, hx = draw({"num_layers": 2, "bidirectional": True})
+        results = []
+        for place in (contextlib.nullcontext(), torch.device("meta")):
+            module.zero_grad()
+            with place:
+                out, states = module(x, hx, lengths=LENGTHS)
+                packed = pack_padded_sequence(x, torch.tensor([3, 2, 6, 1], device="cpu"), enforce_sorted=False)
+                rest, _ = module(packed, hx)
+                (out.sum() + rest.data.sum()).backward()
+                with pytest.raises(ValueError, match=r"between 0 and T = 6, got lengths\[2\] = 7"):
+                    module(x, hx, lengths=[3, 0, 7, 1])
+            results.append([out, *states, rest.data, *(p.grad for p in module.parameters())])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
     def test_states_default_to_zeros(self, path):
         module, x, hx = draw({"bidirectional": True})
         zeros = tuple(torch.zeros_like(state) for state in hx)

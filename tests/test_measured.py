@@ -383,10 +383,13 @@ def test_the_command_writes_a_file_that_the_planner_reads(monkeypatch, tmp_path,
 
 
 @pytest.mark.cuda
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_gpu_is_calibrated(tmp_path):
     found, measurement = calibrate.calibrate(lambda text: None)
     measurement.write(tmp_path / "a.json")
     device = measured.read(tmp_path / "a.json").apply(plan.data_sheet(0))
-    assert found.after[0] < found.before[0]
+    # Not "less than before": the constants of sm_90 are such a fit already, and least squares need not have the least
+    # median. 9 % on an H200.
+    assert found.after[0] < 0.25
     assert plan.recurrent("forward", 100, 16, 512, torch.float16, device).us_per_step > 0

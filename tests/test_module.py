@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import tritlstm
@@ -231,12 +232,18 @@ def states(*shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
     return tuple(torch.zeros(shape) for shape in shapes)
 
 
+def elsewhere(state: Tensor) -> Tensor:
+    """Not on meta beside CUDA tensors: there torch's LSTM, dispatched to its kernel for meta, returns what nobody wrote
+    in place of an error."""
+    return state.to("cpu" if state.is_cuda else "meta")
+
+
 #: What is made of right states h and c.
 WRONG_STATES: dict[str, Any] = {
     "three": lambda h, c: (h, c, c),
     "three in a list": lambda h, c: [h, c, c],
-    "h on another device": lambda h, c: (h.to("meta"), c),
-    "c on another device": lambda h, c: (h, c.to("meta")),
+    "h on another device": lambda h, c: (elsewhere(h), c),
+    "c on another device": lambda h, c: (h, elsewhere(c)),
 }
 WRONG_TYPES: dict[str, Any] = {
     "c half": lambda h, c: (h, c.half()),
@@ -349,7 +356,7 @@ class TestErrors:
                 "h": (x, (h.double(), c)),
                 "c": (x, (h, c.half())),
                 "x": (x.half(), None),
-                "device": (x, (h.to("meta"), c)),
+                "device": (x, (elsewhere(h), c)),
             }[wrong]
             cells = [nn.LSTMCell(D, H), tritlstm.LSTMCell(D, H)]
             if wrong == "c" and x.is_cpu:  # which torch refuses on CUDA alone, and so do the kernels
@@ -361,6 +368,20 @@ class TestErrors:
         assert mine[0] is theirs[0] is RuntimeError
         # Of devices torch speaks in many words.
         assert "device" in mine[1] if wrong == "device" else mine[1] == theirs[1]
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.int64], ids=str)
+    @pytest.mark.parametrize("wrong", ["x", "h"])
+    def test_a_cells_words_about_types_on_cuda(self, wrong, dtype):
+        """Where torch's cell is a matmul, not a linear; a matmul of CPU tensors has almost the same words. The tensors
+        are without memory, so that no GPU is needed."""
+        with pytest.raises(RuntimeError) as caught:
+            torch.mm(torch.zeros(3, 6, dtype=dtype), torch.zeros(6, 24))
+        expected = str(caught.value).replace("m1 and m2", "mat1 and mat2")
+        with FakeTensorMode():
+            x, h, c = (torch.zeros(3, n, device="cuda") for n in (D, H, H))
+            weights = [torch.zeros(4 * H, n, device="cuda") for n in (D, H)]
+            given = (x.to(dtype), (h, c)) if wrong == "x" else (x, (h.to(dtype), c))
+            assert message(lambda: functional._check_cell(*given, *weights)) == (RuntimeError, expected)
 
     @pytest.mark.parametrize(
         ("kind", "name", "expected"),

@@ -60,15 +60,15 @@ class _Rows(NamedTuple):
         if lengths is None:
             return cls([batch] * steps, batch, None, None)
         ends, order = lengths.long().sort(descending=True, stable=True)
-        active = torch.arange(steps)[:, None] < ends
+        active = torch.arange(steps, device="cpu")[:, None] < ends
         sizes = [size for size in active.sum(1).tolist() if size]
-        places = (torch.arange(steps)[:, None] * batch + order)[active]
+        places = (torch.arange(steps, device="cpu")[:, None] * batch + order)[active]
         return cls(sizes, batch, places, order)
 
     @property
     def offsets(self) -> Tensor:
         """[T + 1], the first row of each step."""
-        return torch.tensor([0, *self.sizes]).cumsum(0)
+        return torch.tensor([0, *self.sizes], device="cpu").cumsum(0)
 
     def gather(self, values: Tensor) -> Tensor:
         """[T, B, ...] to [N, ...]."""
@@ -112,11 +112,11 @@ class _Rows(NamedTuple):
     def first(self, reverse: bool) -> Tensor:
         """The row that each sequence with any begins at; they are the first ones of the sorted order."""
         if not reverse:
-            return torch.arange(self.sizes[0])
+            return torch.arange(self.sizes[0], device="cpu")
         if self.places is None:
-            return torch.arange(self.batch) + (len(self.sizes) - 1) * self.batch
-        k = torch.arange(self.sizes[0])
-        ends = (torch.tensor(self.sizes)[:, None] > k).sum(0)
+            return torch.arange(self.batch, device="cpu") + (len(self.sizes) - 1) * self.batch
+        k = torch.arange(self.sizes[0], device="cpu")
+        ends = (torch.tensor(self.sizes, device="cpu")[:, None] > k).sum(0)
         return self.offsets[ends - 1] + k
 
 

@@ -352,7 +352,8 @@ def check_lengths(lengths: Lengths, steps: int, batch: int) -> Tensor:
     if not isinstance(lengths, Tensor):
         if not hasattr(lengths, "__len__"):
             raise ValueError(f"lengths must be a tensor or a sequence of ints, one for each sequence, got {lengths!r}")
-        lengths = torch.as_tensor(lengths) if len(lengths) > 0 else torch.zeros(0, dtype=torch.int64)
+        # On the host, whatever torch's default device is: there the values are checked.
+        lengths = torch.as_tensor(lengths if len(lengths) > 0 else torch.zeros(0, dtype=torch.int64), device="cpu")
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise ValueError(f"lengths must be integers, got {lengths.dtype}; convert them, as by lengths.long()")
     if lengths.shape != (batch,):
@@ -417,7 +418,7 @@ def _run_lengths(
 def batch_sizes_of(lengths: Tensor) -> Tensor:
     """`batch_sizes` of the `PackedSequence` of a batch with such lengths [B], on the CPU."""
     ends = lengths.cpu()
-    return (ends[:, None] > torch.arange(int(ends.max()) if ends.numel() else 0)).sum(0)
+    return (ends[:, None] > torch.arange(int(ends.max()) if ends.numel() else 0, device="cpu")).sum(0)
 
 
 def out_width(options: Options) -> int:
@@ -478,9 +479,9 @@ def _run_packed_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Packed data by one copy each way, where `pad_packed_sequence` has one a step, each with a node of autograd."""
     steps, batch = len(batch_sizes), int(batch_sizes[0])
-    places = torch.arange(batch) if order is None else order
-    inside = batch_sizes[:, None] > torch.arange(batch)
-    rows = (torch.arange(steps)[:, None] * batch + places)[inside]
+    each = torch.arange(batch, device="cpu")
+    inside = batch_sizes[:, None] > each
+    rows = (torch.arange(steps, device="cpu")[:, None] * batch + (each if order is None else order))[inside]
     padded = x.new_zeros(steps * batch, x.size(1)).index_copy(0, rows, x).unflatten(0, (steps, batch))
     lengths = inside.sum(0, dtype=torch.int32)
     if order is not None:
@@ -682,6 +683,12 @@ _TORCHS_NAMES = {
 }  # fmt: skip
 
 
+_CPP_NAMES = {
+    torch.float16: "c10::Half", torch.bfloat16: "c10::BFloat16", torch.float32: "float", torch.float64: "double",
+    torch.int32: "int", torch.int64: "long int",
+}  # fmt: skip
+
+
 def _check_tensors(x: Tensor, hx: Any, weights: list[Tensor]) -> None:
     """What torch's own LSTM checks where it runs, so that the operators must; in the words it has for CUDA."""
     if isinstance(hx, Tensor):
@@ -741,6 +748,10 @@ def _check_cell(x: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor) -> None:
             )
     for a, b in ((x, w_ih), (hx[0], w_hh)):
         if _dtype_of_results(a) != _dtype_of_results(b):
+            # torch's cell is one `linear` a product on the CPU, and a `matmul` on CUDA, which has words of its own.
+            if x.is_cuda:
+                names = f"{_CPP_NAMES.get(a.dtype, a.dtype)} != {_CPP_NAMES.get(b.dtype, b.dtype)}"
+                raise RuntimeError(f"expected mat1 and mat2 to have the same dtype, but got: {names}")
             raise RuntimeError(
                 f"mat1 and mat2 must have the same dtype, but got {_torchs_name(a)} and {_torchs_name(b)}"
             )

@@ -25,12 +25,19 @@ class ExchangeTimeout(RuntimeError):
 def of(device: torch.device) -> Tensor:
     """The status record of a device: int32 ``[code, block, group, step]``, zero while all is well."""
     if device.type != "cuda":
-        return torch.zeros(WORDS, dtype=torch.int32)
+        return _zeros()
     if device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     if device not in _records:
-        _records[device] = torch.zeros(WORDS, dtype=torch.int32).pin_memory()
+        # It outlives this call: in inference mode it could not be cleared by a later one outside.
+        with torch.inference_mode(False):
+            _records[device] = _zeros().pin_memory()
     return _records[device]
+
+
+def _zeros() -> Tensor:
+    # On the host, whatever torch's default device is.
+    return torch.zeros(WORDS, dtype=torch.int32, device="cpu")
 
 
 def check(record: Tensor) -> None:
