@@ -104,3 +104,13 @@ def pairs(cells, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr):
     """Tiles of the even and of the odd units of a tile of cells: ``[BLOCK_B / 8, BLOCK_H / 2, 8]`` each."""
     tile = tl.reshape(cells, (BLOCK_B // 8, BLOCK_H // 2, 2, 8))
     return tl.split(tl.permute(tile, (0, 1, 3, 2)))
+
+
+@triton.jit
+def in_registers(weights):
+    """A tile of 16-bit weights ``[ROWS, K]`` as a product's result lies in registers: from there, and not from shared
+    memory, wgmma then takes it as its left operand, without a move."""
+    # A product that adds nothing. By a conversion alone the compiler would see a loaded tile, and share it.
+    nothing = tl.zeros((weights.shape[0], 16), weights.dtype)
+    sum = tl.dot(nothing, tl.zeros((16, weights.shape[1]), weights.dtype), weights.to(tl.float32))
+    return sum.to(weights.dtype)

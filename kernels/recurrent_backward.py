@@ -163,6 +163,7 @@ def recurrent_backward(
     PRECISION: tl.constexpr,
     # Off by default, and then without a trace in the compiled kernel:
     HOIST: tl.constexpr = False,  # let the compiler move what does not change out of the time loop
+    HELD: tl.constexpr = 0,  # of the resident chunks, in registers; the others in shared memory
     STAGES: tl.constexpr = 1,  # of the loop over streamed chunks; above 1 the compiler copies weights ahead
     CHAINS: tl.constexpr = 1,  # recurrences side by side, of which the last `reverse` walk in reverse
     cuts_ptr=None,  # [T, B] int32: whether the state was zeroed before the step
@@ -247,7 +248,11 @@ def recurrent_backward(
     else:
         for j in tl.static_range(RESIDENT):
             k = depth_begin + j * BLOCK_K
-            weights = weights + (_weight_chunk(w_ptr, team_begin, k, depth_end, H, HX, ROWS, BLOCK_K, PRECISION),)
+            piece = _weight_chunk(w_ptr, team_begin, k, depth_end, H, HX, ROWS, BLOCK_K, PRECISION)
+            if j < HELD:
+                weights = weights + ((layout.in_registers(piece[0]),),)
+            else:
+                weights = weights + (piece,)
             if (j + 1) % PROLOGUE == 0:
                 # Else the compiler issues the loads of all chunks at once and runs out of registers.
                 tl.debug_barrier()

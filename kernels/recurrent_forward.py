@@ -112,6 +112,7 @@ def recurrent_forward(
     PRECISION: tl.constexpr,
     # Off by default, and then without a trace in the compiled kernel:
     HOIST: tl.constexpr = False,  # let the compiler move what does not change out of the time loop
+    HELD: tl.constexpr = 0,  # of the resident chunks, in registers; the others in shared memory
     STAGES: tl.constexpr = 1,  # of the loop over streamed chunks; above 1 the compiler copies weights ahead
     CHAINS: tl.constexpr = 1,  # recurrences side by side, of which the last `reverse` walk in reverse
     cuts_ptr=None,  # [T, B] int32: whether the state is zeroed before the step
@@ -189,7 +190,11 @@ def recurrent_forward(
     else:
         for j in tl.static_range(RESIDENT):
             k = j * BLOCK_K + tl.arange(0, BLOCK_K)
-            weights = weights + (_weight_chunk(w_ptr, unit_begin, k, H, HX, BLOCK_H, PRECISION),)
+            piece = _weight_chunk(w_ptr, unit_begin, k, H, HX, BLOCK_H, PRECISION)
+            if j < HELD:
+                weights = weights + ((layout.in_registers(piece[0]),),)
+            else:
+                weights = weights + (piece,)
             if (j + 1) % PROLOGUE == 0:
                 # Else the compiler issues the loads of all chunks at once and runs out of registers.
                 tl.debug_barrier()

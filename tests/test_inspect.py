@@ -764,7 +764,8 @@ def test_two_processes_give_the_rows_of_one(tmp_path: Path) -> None:
         path = tmp_path / f"{jobs}.json"
         parser = argparse.ArgumentParser()
         inspect_kernels.add_arguments(parser)
-        words = ["--arch", "sm_80", "--dtype", "bf16", "--match", "gate_gemm bf16/ieee D=H=16", "--jobs", str(jobs), "--json", str(path)]
+        words = ["--arch", "sm_80", "--dtype", "bf16", "--match", "gate_gemm bf16/ieee D=H=16"]
+        words += ["--jobs", str(jobs), "--json", str(path)]
         assert inspect_kernels.run(parser.parse_args(words)) == 0
         rows[jobs] = sorted(json.loads(path.read_text()), key=str)
     assert rows[1] == rows[2]

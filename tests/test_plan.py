@@ -71,6 +71,62 @@ def test_cost_of_a_backward_step_under_the_counter_protocol() -> None:
     assert p.us_per_step == pytest.approx(2.835839, abs=1e-5)
 
 
+def test_teams_of_eight_read_and_multiply_half_as_much() -> None:
+    """H=768, B=16 in fp16 on an H100, with the constants measured on an H200."""
+    p = plan.recurrent("backward", 1024, 16, 768, FP16, plan.DEVICES["sm_90"], overrides={"held": 0})
+    assert (p.tier, p.n_blocks, p.block_h, p.parts, p.block_b, p.num_warps) == ("persistent", 96, 8, 8, 16, 4)
+    four = plan.recurrent("backward", 1024, 16, 768, FP16, plan.DEVICES["sm_90"], overrides={
+        "tier": "persistent", "block_h": 16, "parts": 4, "block_b": 16, "held": 0})  # fmt: skip
+    assert four.n_blocks == 48
+    # An eighth of 16 rows of 4 * 768 gate gradients, and a quarter.
+    assert p.cost.copy == pytest.approx(0.108 + 12288 / 46.7e3)
+    assert four.cost.copy == pytest.approx(0.108 + 24576 / 46.7e3)
+    # 8 * 8 * 16 words of 8 bytes, and 4 * 16 * 16.
+    assert p.cost.parts == four.cost.parts == pytest.approx(0.764 + 0.40 + 0.108 + 8192 / 46.7e3)
+    # The weights, 49152 bytes, and twice the tile, 12288, over 128 * 1755 bytes/µs; twice as much.
+    assert p.cost.weights == pytest.approx((49152 + 24576) / (128 * 1755) + 3 * 0.0037)
+    assert four.cost.weights == pytest.approx(2 * (49152 + 24576) / (128 * 1755) + 3 * 0.0037)
+
+
+def test_what_is_in_registers_is_not_read_from_shared_memory() -> None:
+    """H=768, B=16 in fp16 on an H100: a chunk of 256 columns of three. And H=2048, of which a block needs 262144 bytes,
+    more than its shared memory."""
+    p = plan.recurrent("forward", 1024, 16, 768, FP16, plan.DEVICES["sm_90"])
+    assert (p.tier, p.held, p.chunks, p.block_k, p.constants["HELD"]) == ("persistent", 1, 3, 256, 1)
+    assert p.cost.weights == pytest.approx((65536 + 2 * 24576) / (128 * 1755) + 3 * 0.0037)
+    other = plan.recurrent("forward", 1024, 16, 768, FP16, plan.DEVICES["sm_90"], overrides={"held": 0})
+    assert "HELD" not in other.constants
+    assert other.cost.weights == pytest.approx((98304 + 2 * 24576) / (128 * 1755) + 3 * 0.0037)
+    # 32768 bytes fewer.
+    assert other.shared_bytes - p.shared_bytes == 32768
+    large = plan.recurrent("backward", 256, 32, 2048, BF16, plan.DEVICES["sm_90"])
+    assert (large.tier, large.held, large.block_h * 4 * 2048 * 2) == ("persistent", 1, 262144)
+    with pytest.raises(plan.PlanError, match="held"):
+        plan.recurrent("backward", 256, 32, 2048, BF16, plan.DEVICES["sm_90"], overrides={
+            "held": 0, "tier": "persistent"})  # fmt: skip
+    for arch, dtype in (("sm_100", FP16), ("sm_80", FP16), ("sm_90", FP32)):
+        with pytest.raises(plan.PlanError, match="held"):
+            plan.recurrent("forward", 9, 16, 768, dtype, plan.DEVICES[arch], "tf32", overrides={"held": 1})
+
+
+def test_a_part_of_k_begins_with_a_whole_run() -> None:
+    """H=1000 in 16 bits: an eighth of 4000 columns is 1000 bytes, no multiple of 16. In fp32 it is."""
+    overrides = {"parts": 8}
+    with pytest.raises(plan.PlanError, match="parts"):
+        plan.recurrent("backward", 9, 16, 1000, FP16, plan.DEVICES["sm_90"], overrides=overrides)
+    assert plan.recurrent("backward", 9, 16, 1008, FP16, plan.DEVICES["sm_90"], overrides=overrides).parts == 8
+    assert plan.recurrent("backward", 9, 16, 1000, FP32, plan.DEVICES["sm_90"], "tf32", overrides=overrides).parts == 8
+
+
+def test_in_fp32_w_hh_of_1024_units_stays_on_chip_backward() -> None:
+    p = plan.recurrent("backward", 512, 64, 1024, FP32, plan.DEVICES["sm_90"], "tf32")
+    assert (p.tier, p.n_blocks, p.block_h, p.parts, p.n_groups) == ("persistent", 128, 8, 8, 1)
+    streamed = plan.recurrent("backward", 512, 64, 1024, FP32, plan.DEVICES["sm_90"], "tf32", overrides={
+        "tier": "streaming", "block_h": 32, "parts": 4, "block_b": 16})  # fmt: skip
+    left = (1 - streamed.resident / streamed.chunks) * 32 * 4 * 1024 * 4
+    assert streamed.cost.streamed == pytest.approx(3.6 * 128 * left / 4.76e6)
+
+
 def test_cost_of_streaming() -> None:
     """H=2048, B=32 in bf16 on an H100: 16 chunks of 16 KiB a block, one of which is held beside a tile of h."""
     p = plan.recurrent("forward", 256, 32, 2048, torch.bfloat16, H100, overrides={
@@ -287,7 +343,46 @@ def test_reasons_against_a_tier(length: int, hidden: int, tier: str, words: str)
     assert told.startswith(words)
 
 
+# One step
+
+
+@settings(max_examples=300)
+@given(problems(), st.integers(1, 4096))
+def test_one_step_covers_every_cell_and_fits(problem: tuple[Any, ...], features: int) -> None:
+    _, _, batch, hidden, dtype, device, precision = problem
+    p = plan.one_step(batch, features, hidden, dtype, device, precision)
+    (blocks, tiles), element = p.grid, dtype.itemsize
+    assert (blocks - 1) * p.block_h < plan.padded(hidden) <= blocks * p.block_h
+    assert (tiles - 1) * p.block_b < batch <= tiles * p.block_b
+    assert p.stages * (4 * p.block_h + p.block_b) * p.block_k * element <= device.shared_bytes
+    assert p.block_h * p.block_b <= plan.MOST_CELLS_AT_ONCE * p.num_warps * device.warp_size
+    assert p.block_k >= 16
+    assert p.us_per_step > 0
+
+
+def test_one_step_of_few_sequences_has_many_blocks() -> None:
+    h100 = plan.DEVICES["sm_90"]
+    assert plan.one_step(1, 512, 512, FP16, h100).grid == (128, 1)
+    few, many = plan.one_step(16, 1024, 1024, FP16, h100), plan.one_step(4096, 1024, 1024, FP16, h100)
+    assert (few.block_h, few.block_b) < (many.block_h, many.block_b)
+    # Both products and nothing twice: weights and states, 2048 values for each of 32 rows and one sequence.
+    assert few.grid[0] * few.grid[1] <= h100.sms
+    one = plan.one_step(1, 1024, 1024, FP16, h100)
+    read = 33 * 2048 * 2
+    assert (one.block_h, one.grid) == (8, (128, 1))
+    assert one.us_per_step == pytest.approx(0.108 + max(read / 46.7e3, 128 * read / 4.76e6) + 0.524 * (0.5 + 0.25 * 2))
+
+
 # Precision
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_few_units_are_multiplied_nearly_exactly_where_tf32_is_allowed(direction: str) -> None:
+    def precision(hidden: int, dtype: torch.dtype, asked: str) -> str:
+        return plan.recurrent(direction, 9, 1024, hidden, dtype, plan.DEVICES["sm_90"], asked).precision
+
+    assert [precision(hidden, FP32, "tf32") for hidden in (1, 64, 65)] == ["tf32x3", "tf32x3", "tf32"]
+    assert precision(64, FP32, "ieee") == precision(64, FP16, "ieee") == "ieee"
 
 
 def test_products_of_fp32_follow_the_switch_for_tf32() -> None:
@@ -300,6 +395,9 @@ def test_products_of_fp32_follow_the_switch_for_tf32() -> None:
         assert plan.dot_precision(x.half()) == "ieee"
         with emulator.emulate():
             assert plan.dot_precision(x) == "ieee"
+        with emulator.emulate(tf32=True):
+            assert plan.dot_precision(x) == "tf32"
+            assert plan.dot_precision(x.half()) == "ieee"
         switch.fp32_precision = "ieee"
         assert plan.dot_precision(x) == "ieee"
     finally:

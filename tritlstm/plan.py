@@ -228,6 +228,7 @@ class RecurrentPlan:
     at_once: int = 1  # of them, in one launch
     stacked: bool = False  # the chains are layers, each of which reads the one before it
     stages: int = 1  # of the loop over streamed chunks: above 1 the compiler copies them ahead
+    held: int = 0  # of the resident chunks, in registers
 
     @property
     def prologue(self) -> int:
@@ -267,6 +268,8 @@ class RecurrentPlan:
             constants["CHAINS"] = self.chains
         if self.stages > 1:
             constants["STAGES"] = self.stages
+        if self.held:
+            constants["HELD"] = self.held
         if self.direction == "forward":
             separate = padded(self.hidden) != self.hidden
             return {**constants, "SAVE": self.save, "SEPARATE_OUT": separate, **dict(self.cell)}
@@ -300,7 +303,8 @@ class RecurrentPlan:
 
     def describe(self) -> str:
         """One line: tier, protocol, tiles."""
-        on_chip = f"{self.resident}/{self.chunks} chunks of w_hh on chip"
+        held = f", {self.held} of them in registers" if self.held else ""
+        on_chip = f"{self.resident}/{self.chunks} chunks of w_hh on chip{held}"
         teams = f" in teams of {self.parts}" if self.parts > 1 else ""
         what = "layers" if self.stacked else "chains"
         chains = f" x {self.at_once} of {self.chains} {what}" if self.chains > 1 else ""
@@ -337,7 +341,9 @@ class _Problem:
     stacked: bool = False
     #: Layer normalisation: sums over all units inside a step, so no tier that launches step by step.
     normed: bool = False
-    parts: int | None = None  # that were asked for
+    #: That were asked for.
+    parts: int | None = None
+    held: int | None = None
 
     @property
     def element(self) -> int:
@@ -373,8 +379,8 @@ def _block_k(problem: _Problem, depth: int, tier: str, block_b: int, threads: in
     # Without wgmma, the operands of a product pass through registers as well.
     most = RECEIVED_REGISTERS / (2 if problem.device.matrix_rows > 16 else 4) / (2 if problem.stacked else 1)
     chunks = [chunk for chunk in chunks if received[chunk] <= most] or chunks[-1:]
-    if problem.precision == "tf32" and depth > 2 * chunks[0]:
-        chunks = chunks[1:] or chunks  # three long chunks of weights, rounded on their way in, spill up to 104 bytes
+    if problem.precision == "tf32" and chunks[0] * problem.element == 1024:
+        chunks = chunks[1:] or chunks  # of weights that are rounded on their way in, up to 104 bytes spill
     return min(chunks, key=lambda chunk: -(-depth // chunk) * (chunk + 48))
 
 
@@ -398,6 +404,8 @@ def _candidates(problem: _Problem) -> Iterator[RecurrentPlan]:
                 for stages in _stages(problem, tier):
                     num_warps = _num_warps(problem, block_h * parts)
                     yield from _feasible(problem, tier, block_h, block_b, parts, num_warps, stages)
+                    if stages == 1 and block_b >= 16 and _holds(problem, tier):
+                        yield from _feasible(problem, tier, block_h, block_b, parts, num_warps, stages, 1)
 
 
 def _teams(problem: _Problem, tier: str) -> tuple[tuple[int, int], ...]:
@@ -419,7 +427,8 @@ def _teams(problem: _Problem, tier: str) -> tuple[tuple[int, int], ...]:
         return ((16, 4),)
     # The emulator would run twice as many processes for nothing.
     emulated = problem.device.arch == "emulated" and problem.parts != 8
-    eights = () if problem.device.matrix_rows == 16 or emulated else ((8, 8), (16, 8))
+    fit = problem.device.matrix_rows > 16 and not emulated and (TUNED or problem.device.arch == "emulated")
+    eights = ((8, 8), (16, 8)) if fit else ()
     return ((16, 4), (32, 2), (32, 4), *eights)
 
 
@@ -530,8 +539,25 @@ def _scalar_products(problem: _Problem) -> bool:
     return problem.precision == "ieee" and problem.element == 4 and problem.device.arch != "emulated"
 
 
+def _holds(problem: _Problem, tier: str) -> bool:
+    """Whether a chunk of w_hh may stay in registers, which wgmma reads in place of shared memory; tcgen05 does not.
+
+    Beside streamed chunks, 24 to 48 bytes spill for sm_90.
+    """
+    if problem.device.arch == "emulated":
+        return problem.held == 1 and tier == "persistent"
+    fits = problem.element == 2 and not problem.stacked and not problem.normed and problem.chains == 1
+    return fits and tier == "persistent" and problem.device.arch == "sm_90" and TUNED
+
+
+#: Columns of w_hh in registers, at most: 64 registers a thread, a quarter of all.
+HELD_COLUMNS = 256
+#: What a tile passes through on its way there, which is free again before the time loop.
+HELD_SCRATCH = 24 << 10
+
+
 def _feasible(
-    problem: _Problem, tier: str, block_h: int, block_b: int, parts: int, num_warps: int, stages: int
+    problem: _Problem, tier: str, block_h: int, block_b: int, parts: int, num_warps: int, stages: int, held: int = 0
 ) -> Iterator[RecurrentPlan]:
     device, hidden, sms = problem.device, problem.hidden, problem.device.sms
     element = problem.element * problem.pieces  # of an operand of the products
@@ -539,7 +565,7 @@ def _feasible(
     matrices = 2 if problem.stacked else 1  # of weights a block
     threads = num_warps * device.warp_size
     cells = block_h * block_b / threads
-    if cells > _most_cells(problem, tier, block_b):
+    if cells > _most_cells(problem, tier, block_b) or (held and cells > 2):
         return
     if _without_wgmma(device):
         if problem.normed and (stages > 1 or (tier == "persistent" and block_h > 16)):
@@ -560,6 +586,8 @@ def _feasible(
     else:
         depth = problem.depth // parts
         block_k = _block_k(problem, depth, tier, block_b, threads)
+        if held:
+            block_k = min(block_k, HELD_COLUMNS)
         chunks = -(-depth // block_k)
         rows = (4 if forward else parts) * block_h
         chunk_bytes = rows * block_k * element
@@ -577,10 +605,7 @@ def _feasible(
         if TRITON < (3, 7) and problem.stacked and not forward:
             received /= 2  # else 16 bytes spill for sm_90
         if problem.precision == "tf32" and from_shared and cells >= 2:
-            if forward:
-                received /= 4  # beside weights that pass through registers to be rounded, else 8 to 88 bytes spill
-            elif parts == 8:
-                received /= 2  # beside the sums of eight blocks, else 40 to 80 bytes spill
+            received /= 4  # beside weights that pass through registers to be rounded, else 8 to 88 bytes spill
         if problem.normed and forward and _scalar_products(problem):
             received = 0  # one at a time, else 8 bytes spill for sm_90
         resident = poll = 0
@@ -591,8 +616,8 @@ def _feasible(
             if passing > room:
                 return
         for together in (16, 8, 4, 2, 1):
-            held = min(together, chunks)  # tiles received at a time
-            most = (room - held * tile_bytes) // chunk_bytes
+            passed = min(together, chunks) * tile_bytes  # received at a time
+            most = (room - passed) // chunk_bytes + held
             if together > 1 and together * per_tile > received:
                 continue
             if tier == "step" and most >= 1:
@@ -602,8 +627,8 @@ def _feasible(
                 resident, poll = chunks, together
                 break
             if tier == "streaming":
-                beside = passing + held * tile_bytes if stages == 1 else max(passing, held * tile_bytes)
-                most = min(chunks - 1, (room - beside) // chunk_bytes)
+                beside = passing + passed if stages == 1 else max(passing, passed)
+                most = min(chunks - 1, (room - beside) // chunk_bytes + held)
                 if most >= together:
                     resident, poll = most, together
                     break
@@ -613,13 +638,15 @@ def _feasible(
         if resident == chunks:
             passing = 0
         beside = received_bytes + passing if stages == 1 else max(received_bytes, passing)
-        shared = resident * matrices * chunk_bytes + beside + scratch
+        shared = (resident * matrices - held) * chunk_bytes + beside + scratch
+        if held:
+            shared = max(shared, HELD_SCRATCH)
     plan = RecurrentPlan(
         problem.direction, tier, "none", hidden, problem.dtype, problem.precision, block_h, block_b, block_k, parts,
         chunks, resident, poll, num_warps, n_blocks, n_tiles, n_tiles, shared, problem.save, cost=_NO_COST,
         max_registers=_max_registers(device, not forward and tier != "single" and cells > 2),
         amd=device.arch.startswith("gfx"), hoist=_hoists(problem, tier),
-        chains=problem.chains, stacked=problem.stacked, stages=stages,
+        chains=problem.chains, stacked=problem.stacked, stages=stages, held=held,
     )  # fmt: skip
     most = problem.chains if tier == "step" else min(problem.chains, sms // n_blocks)
     if problem.stacked and most < problem.chains:
@@ -661,7 +688,8 @@ def _cost(problem: _Problem, plan: RecurrentPlan) -> StepCost:
     per_clock = SHARED_BYTES_PER_CLOCK
     if plan.block_b < 16 and device.matrix_rows > 16:
         per_clock //= 2  # no wgmma is that narrow: weights pass through registers
-    shared = products * (share * weight_bytes + tiles_read / plan.parts) / (per_clock * clock)
+    in_shared = (plan.resident - plan.held) / plan.chunks
+    shared = products * (in_shared * weight_bytes + tiles_read / plan.parts) / (per_clock * clock)
     read = rows * depth // plan.parts * element
     receptions = math.ceil(plan.resident / plan.poll)
     # Of a pipeline only the first chunk is waited for: to copy one takes longer than to wait for h.
@@ -725,11 +753,11 @@ def recurrent(
     """The fastest predicted plan of one recurrent kernel.
 
     ``direction`` is ``'forward'`` or ``'backward'``; ``overrides`` fixes fields of :class:`RecurrentPlan` (``tier``,
-    ``protocol``, ``block_h``, ``block_b``, ``block_k``, ``num_warps``, backward ``parts``, ``at_once``, ``stages``, and
-    after the choice ``resident``, ``poll``, ``n_groups``). ``chains``: so many recurrences side by side, which need
-    nothing of each other (directions, heads of H units); only plans that hold w_hh on chip, and those of one step, know
-    them. ``stacked``: they are layers instead, each of which reads the one before it, and all run at once. ``normed``:
-    with layer normalisation.
+    ``protocol``, ``block_h``, ``block_b``, ``block_k``, ``num_warps``, backward ``parts``, ``at_once``, ``stages``,
+    ``held``, and after the choice ``resident``, ``poll``, ``n_groups``). ``chains``: so many recurrences side by side,
+    which need nothing of each other (directions, heads of H units); only plans that hold w_hh on chip, and those of one
+    step, know them. ``stacked``: they are layers instead, each of which reads the one before it, and all run at once.
+    ``normed``: with layer normalisation.
     Raises :class:`PlanError` if nothing fits.
     """
     found = _recurrent(
@@ -771,7 +799,7 @@ def _recurrent(
     one_step = one_step and not normed
     problem = _Problem(
         direction, batch, hidden, dtype, _split(precision, hidden), device, save, one_step, block_k, protocols, chains,
-        stacked, normed, fixed.get("parts"),
+        stacked, normed, fixed.get("parts"), fixed.get("held"),
     )  # fmt: skip
     try:
         return _best(problem, tuple(sorted(fixed.items())))
@@ -921,7 +949,7 @@ def _kib(size: int) -> int:
     return -(-size // 1024)
 
 
-CHOICES = ("tier", "protocol", "block_h", "block_b", "num_warps", "parts", "at_once", "stages")
+CHOICES = ("tier", "protocol", "block_h", "block_b", "num_warps", "parts", "at_once", "stages", "held")
 
 
 @functools.lru_cache(maxsize=4096)
