@@ -274,15 +274,8 @@ class _Layer(torch.autograd.Function):
         x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, gate0, out, gates, cells = ctx.saved_tensors
         *before, need_b_ih, need_b_hh, need_h0, need_c0, _, _, _, need_gate0 = ctx.needs_input_grad
         needs = (*before, need_b_ih or need_b_hh, need_h0, need_c0, need_gate0)
-        inputs = (*grads[:3], x, w_ih, w_hh, h0, c0, lengths)
         forward = (x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, ctx.reverse, True, gate0)
-        if forward_mode():
-            results = _differentiable_backward(grads[:3], forward, needs)
-        elif torch.is_grad_enabled():  # someone may differentiate the gradient
-            results = _Gradient.apply(*grads[:3], *forward, out, gates, cells, needs)
-        else:
-            given = (*inputs, out, gates, cells, ctx.reverse)
-            results = run_backward(_backward, _layer_backward, given, needs)
+        results = gradients(grads[:3], forward, (out, gates, cells), needs)
         d_x, d_w_ih, d_w_hh, d_b, d_h0, d_c0, d_gate0 = (
             result if need else None for result, need in zip(results, needs, strict=True)
         )
@@ -291,6 +284,19 @@ class _Layer(torch.autograd.Function):
 
 
 _RecordedLayer = recorder(_Layer, _forward)
+
+
+def gradients(
+    grads: Sequence[Tensor | None], forward: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """`layer_backward` of what `layer` saved of the arguments `forward`, in whatever way it is differentiated."""
+    if forward_mode():
+        return _differentiable_backward(grads, forward, needs)
+    if torch.is_grad_enabled():  # someone may differentiate the gradient
+        return _Gradient.apply(*grads, *forward, *saved, needs)
+    x, w_ih, w_hh, _, _, h0, c0, lengths, reverse, *_ = forward
+    given = (*grads, x, w_ih, w_hh, h0, c0, lengths, *saved, reverse)
+    return run_backward(_backward, _layer_backward, given, needs)
 
 
 def run_backward(compute: Any, op: Any, given: tuple[Any, ...], needs: Sequence[bool]) -> tuple[Tensor, ...]:
