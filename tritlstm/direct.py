@@ -34,7 +34,7 @@ def _forward(first: int | None, *args: Any) -> tuple[Any, ...]:
     from . import layer
 
     x, h0, c0, lengths, bias, *weights = args
-    h_n, c_n = (torch.empty(h0.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    h_n, c_n = x.new_empty(*h0.shape), x.new_empty(*h0.shape)
     saved: list[Tensor] = []
     of_layers = zip(*map(_of_layers, (h0, c0, h_n, c_n)), _groups(weights, bias), strict=True)
     for k, (h, c, *into, (w_ih, w_hh, b_ih, b_hh)) in enumerate(of_layers):

@@ -676,6 +676,9 @@ def _check_tensors(x: Tensor, hx: Any, weights: list[Tensor]) -> None:
     if len(hx) != 2:
         raise RuntimeError("lstm expects two hidden states")
     device, dtype = x.device, _dtype_of_results(x)
+    # Asked in every call, where it is almost always so.
+    if dtype == x.dtype and all(t.dtype == dtype and t.device == device for t in (*hx, *weights)):
+        return
     for name, tensors in (("hidden", hx), ("parameter", weights)):
         for t in tensors:
             if t.device != device:

@@ -92,7 +92,7 @@ def _first_rows(
 
 
 def _exchange_buffer(shape: tuple[int, ...], like: Tensor, protocol: str) -> Tensor:
-    buffer = torch.empty(shape, dtype=like.dtype, device=like.device)
+    buffer = like.new_empty(*shape)
     if protocol == "flag":
         buffer.view(torch.int16 if buffer.element_size() == 2 else torch.int32).fill_(exchange.POISON.value)
     return buffer
@@ -178,21 +178,21 @@ def forward(
 
     place = x.device
     buffer = _exchange_buffer((length, batch, width), x, layout.protocol)
-    out = torch.empty((length, batch, hidden), dtype=x.dtype, device=place) if separate else buffer
+    out = x.new_empty(length, batch, hidden) if separate else buffer
     steps = _steps(layout, length)
     # Between the launches of the step tier the cell state keeps fp32.
     c_dtype = c0.dtype if len(steps) == 1 else torch.float32
     if save or states is None:
-        cells = torch.empty((length, batch, width) if save else (0,), dtype=torch.float32, device=place)
+        cells = x.new_empty(*((length, batch, width) if save else (0,)), dtype=torch.float32)
     else:
         cells = _untouched(torch.float32, place)
     if states is None:
-        h_n = torch.empty((batch, hidden), dtype=x.dtype, device=place)
-        c_n = torch.empty((batch, hidden), dtype=c_dtype, device=place)
+        h_n = x.new_empty(batch, hidden)
+        c_n = x.new_empty(batch, hidden, dtype=c_dtype)
     else:
         h_n, c_n = states
         if c_n.dtype != c_dtype:
-            c_n = torch.empty((batch, hidden), dtype=c_dtype, device=place)
+            c_n = x.new_empty(batch, hidden, dtype=c_dtype)
     flag = status.of(place)
     arguments = {
         "gates_ptr": gates,
@@ -301,7 +301,7 @@ def _input_products(
     length, batch, features = x.shape
     x, stride_t, stride_b = _row_strides(x)
     if gates is None:
-        gates = torch.empty((length, batch, 4 * padded(hidden)), dtype=dtype or x.dtype, device=x.device)
+        gates = x.new_empty(length, batch, 4 * padded(hidden), dtype=dtype)
     layout = plan.gate_gemm(length * batch, features, hidden, x.dtype, device, precision)
     arguments = {
         "x_ptr": x,
@@ -548,7 +548,7 @@ def _recurrent_backward(
     if grad_out is not None:
         grad_out, stride_t, stride_b = _row_strides(grad_out)
     grad_gates = _exchange_buffer((length, batch, 4 * padded(hidden)), x, layout.protocol)
-    grad_c0 = torch.empty((batch, hidden), dtype=torch.float32, device=x.device)
+    grad_c0 = x.new_empty(batch, hidden, dtype=torch.float32)
     flag = status.of(x.device)
     arguments = {
         "grad_out_ptr": grad_out,

@@ -87,6 +87,8 @@ def layer(
 _PLAIN_KEYS = frozenset(
     ("CPU", "CUDA", "ADInplaceOrView", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA", "BackendSelect")
 )
+#: Of arguments; not those of subclasses of tensors.
+_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int))
 _keys_of = torch._C._dispatch_keys
 _keys_included = torch._C._dispatch_tls_local_include_set
 _keys_excluded = torch._C._dispatch_tls_local_exclude_set
@@ -104,14 +106,9 @@ def unseen(*args: Any) -> bool:
         return False
     if torch.is_grad_enabled() and not _records(_keys_excluded().raw_repr()):
         return False
-    for value in args:
-        kind = type(value)
-        if kind is Tensor or kind is torch.nn.Parameter:
-            if not _plain(_keys_of(value).raw_repr()):
-                return False
-        elif not (value is None or kind is bool or kind is int):
-            return False
-    return True
+    if not _PLAIN_TYPES.issuperset(map(type, args)):
+        return False
+    return all(map(_plain, {_keys_of(value).raw_repr() for value in args if isinstance(value, Tensor)}))
 
 
 def _key_names(raw: int) -> set[str]:

@@ -143,12 +143,15 @@ def dot_precision(x: Tensor) -> str:
     """``input_precision`` of the kernels' products: fp32 follows torch's TF32 switch for cuDNN RNNs."""
     if x.dtype != torch.float32 or emulator.active() or torch.version.hip or not _has_tf32(x.device.index):
         return "ieee"
-    # "none" follows the switch above it; `allow_tf32 = False` leaves "none" everywhere.
-    for switch in (torch.backends.cudnn.rnn, torch.backends.cudnn, torch.backends):
+    for switch in _TF32_SWITCHES:
         precision = getattr(switch, "fp32_precision", "none")
         if precision != "none":
             return "tf32" if precision == "tf32" else "ieee"
     return "ieee"
+
+
+#: "none" follows the next one; `allow_tf32 = False` leaves "none" everywhere. Kept, as torch takes long to find them.
+_TF32_SWITCHES = (torch.backends.cudnn.rnn, torch.backends.cudnn, torch.backends)
 
 
 @dataclasses.dataclass(frozen=True)
