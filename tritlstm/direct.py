@@ -6,6 +6,7 @@ the states of all layers are written into the tensors that it returns.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -26,23 +27,35 @@ def run(x: Tensor, lengths: Tensor | None, hx: States, weights: Sequence[Tensor]
     args = (x, *hx, lengths, bias, *weights)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *hx, *weights)):
         return _Layers.apply(*args)
-    return ops.below_autograd(_forward, (None, *args))[:3]
+    return _unrecorded(_forward, None, *args)[:3]
+
+
+def _unrecorded(function: Any, *args: Any) -> Any:
+    """`function` below autograd, where the many views take half the time, as nothing notes of what they are one."""
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        return function(*args)
+
+
+@functools.cache
+def _engine() -> Any:
+    from . import layer
+
+    return layer
 
 
 def _forward(first: int | None, *args: Any) -> tuple[Any, ...]:
     """out, h_n, c_n; then what backward needs from layer ``first`` on: its input; out, gates and cells of each."""
-    from . import layer
-
+    engine = _engine()
     x, h0, c0, lengths, bias, *weights = args
     h_n, c_n = x.new_empty(*h0.shape), x.new_empty(*h0.shape)
     saved: list[Tensor] = []
-    of_layers = zip(*map(_of_layers, (h0, c0, h_n, c_n)), _groups(weights, bias), strict=True)
-    for k, (h, c, *into, (w_ih, w_hh, b_ih, b_hh)) in enumerate(of_layers):
+    h, c, *into = map(_of_layers, (h0, c0, h_n, c_n))
+    for k, (w_ih, w_hh, b_ih, b_hh) in enumerate(_groups(weights, bias)):
         save = first is not None and k >= first
         if k == first:
             saved.append(x)
-        states = (into[0], into[1])
-        x, _, _, *kept = layer.forward(x, w_ih, w_hh, b_ih, b_hh, h, c, lengths, False, save, states=states)
+        states = (into[0][k], into[1][k])
+        x, _, _, *kept = engine.forward(x, w_ih, w_hh, b_ih, b_hh, h[k], c[k], lengths, False, save, states=states)
         if save:
             saved += (x, *kept)
     return x, h_n, c_n, *saved
@@ -67,7 +80,7 @@ class _Layers(torch.autograd.Function):
         # What lies below the first layer that needs a gradient is not differentiated.
         needing = [any(group) for group in _groups(needed[_BEFORE:], ctx.bias)]
         ctx.first = 0 if any(needed[:_BEFORE]) else needing.index(True)
-        out, h_n, c_n, *saved = ops.below_autograd(_forward, (ctx.first, *args))
+        out, h_n, c_n, *saved = _unrecorded(_forward, ctx.first, *args)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(h0, c0, lengths, *weights[len(weights) // len(needing) * ctx.first :], *saved)
         return out, h_n, c_n
@@ -76,9 +89,9 @@ class _Layers(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         tensors, needed = ctx.saved_tensors, ctx.needs_input_grad
         args = (grads, tensors, needed, ctx.first, ctx.bias)
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not ops.unseen(*grads, *tensors):
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not (ops.unseen(*grads) and ops.plain(tensors)):
             return _backward(_by_operators, *args)
-        return ops.below_autograd(_backward, (_by_kernels, *args))
+        return _unrecorded(_backward, _by_kernels, *args)
 
 
 def _backward(
@@ -126,11 +139,9 @@ def _by_kernels(
     grads: tuple[Any, Any, Any], forward: Sequence[Any], saved: tuple[Any, Any, Any], needs: Any, need_b: Any
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, w_ih, w_hh, b_ih, b_hh, h0 and c0 of one layer."""
-    from . import layer
-
     x, w_ih, w_hh, _, _, h0, c0, lengths = forward
     both = all(need_b)
-    d_x, d_w_ih, d_w_hh, d_b, d_h0, d_c0, _ = layer.gradients(
+    d_x, d_w_ih, d_w_hh, d_b, d_h0, d_c0, _ = _engine().gradients(
         *grads, x, w_ih, w_hh, h0, c0, lengths, *saved, False, needs, times=(2,) if both else ()
     )
     d_biases = d_b.unbind() if d_b is not None and both else [d_b if need else None for need in need_b]

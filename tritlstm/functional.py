@@ -501,7 +501,9 @@ def run_layers(
     """All layers and directions over x [T, B, D]; `rows` are the places in [T B] that dropout draws for."""
     _check_tensors(x, hx, weights)
     _check_steps(x.size(0))
-    x = x.to(_dtype_of_results(x))  # as autocast would in the operators: what runs together is planned by the dtype
+    dtype = _dtype_of_results(x)
+    if x.dtype != dtype:
+        x = x.to(dtype)  # as autocast would in the operators: what runs together is planned by the dtype
     if extras is None and _direct(x, lengths, hx, weights, options):
         return direct.run(x, lengths, hx, weights, options.bias)
     directions = 2 if options.bidirectional else 1

@@ -48,7 +48,7 @@ def _run(launch: Launch) -> None:
     if emulator.active():
         emulator.run(launch)
         return
-    index = next(v for v in launch.arguments.values() if isinstance(v, Tensor)).get_device()
+    index = next(filter(torch.is_tensor, launch.arguments.values())).get_device()
     if index == torch.cuda.current_device():
         launch.run()
     else:
@@ -168,7 +168,8 @@ def forward(
     )
     cuts = None if cell.resets is None else aten.cut_steps(cell.resets, lengths, reverse)
     separate = width != hidden or cell.h_scale is not None
-    layout = _with_cell(layout, cell, SEPARATE_OUT=separate, KEEP_GATES=not recompute)
+    if cell is not PLAIN or recompute:
+        layout = _with_cell(layout, cell, SEPARATE_OUT=separate, KEEP_GATES=not recompute)
 
     if norm is None:
         gates = _input_products(x, w_ih, b_ih, b_hh, hidden, device, precision)
@@ -382,9 +383,7 @@ def gradients(
     # What follows costs a small layer more in launches than in memory: one copy of the gates' gradients into the order
     # of the weights spares a copy of every weight and of every gradient of one.
     packed = grad_gates.numel() > UNPACKED
-    rows = grad_gates.view(length * batch, -1)
-    if not packed:
-        rows = _unpacked(rows, hidden)
+    rows = grad_gates.view(length * batch, -1) if packed else _unpacked(grad_gates, hidden)
     if need_x:
         grad_x = torch.mm(rows, pack_rows(w_ih) if packed else w_ih).view(length, batch, features)
     if need_w_ih:
@@ -421,10 +420,13 @@ def gradients(
 UNPACKED = 1 << 22
 
 
-def _unpacked(rows: Tensor, hidden: int) -> Tensor:
-    """``[N, 4 HX]`` to ``[N, 4H]`` in i, f, g, o order."""
-    units = rows.view(len(rows), -1, 4)
-    return units[:, :hidden].transpose(1, 2).reshape(len(rows), 4 * hidden)
+def _unpacked(gates: Tensor, hidden: int) -> Tensor:
+    """``[T, B, 4 HX]`` to ``[T * B, 4H]`` in i, f, g, o order."""
+    width = padded(hidden)
+    units = gates.view(-1, width, 4)
+    if width != hidden:
+        units = units[:, :hidden]
+    return units.transpose(1, 2).reshape(-1, 4 * hidden)
 
 
 def _grad_h0(
@@ -543,7 +545,8 @@ def _recurrent_backward(
         "backward", length, batch, hidden, x.dtype, device, precision, True, _overrides(),
         normed=norm is not None,
     )
-    layout = _with_cell(layout, cell)
+    if cell is not PLAIN:
+        layout = _with_cell(layout, cell)
     stride_t, stride_b = batch, 1
     if grad_out is not None:
         grad_out, stride_t, stride_b = _row_strides(grad_out)

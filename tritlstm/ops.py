@@ -87,7 +87,6 @@ def layer(
 _PLAIN_KEYS = frozenset(
     ("CPU", "CUDA", "ADInplaceOrView", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA", "BackendSelect")
 )
-#: Of arguments; not those of subclasses of tensors.
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int))
 _keys_of = torch._C._dispatch_keys
 _keys_included = torch._C._dispatch_tls_local_include_set
@@ -106,9 +105,14 @@ def unseen(*args: Any) -> bool:
         return False
     if torch.is_grad_enabled() and not _records(_keys_excluded().raw_repr()):
         return False
-    if not _PLAIN_TYPES.issuperset(map(type, args)):
+    if not plain(args):
         return False
     return all(map(_plain, {_keys_of(value).raw_repr() for value in args if isinstance(value, Tensor)}))
+
+
+def plain(args: Sequence[Any]) -> bool:
+    """Whether no argument is of a subclass of tensors, nor anything unknown."""
+    return _PLAIN_TYPES.issuperset(map(type, args))
 
 
 def _key_names(raw: int) -> set[str]:
