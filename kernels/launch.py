@@ -177,7 +177,9 @@ class _Form(NamedTuple):
         if not places.keys() >= launch.arguments.keys():
             return None
         defaults = [launch.constants.get(p.name, p.default) for p in parameters]
-        pointers, numbers, on_host = [], [], []
+        pointers: list[tuple[int, int]] = []
+        numbers: list[tuple[int, int]] = []
+        on_host: list[tuple[int, int]] = []
         for k, (name, value) in enumerate(launch.arguments.items()):
             pair = (k, places[name])
             (numbers if type(value) is int else pointers).append(pair)

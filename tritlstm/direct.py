@@ -104,29 +104,31 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     """Of each argument of `_Layers`; `gradients` finds those of one layer."""
     h0, c0, lengths, *others = tensors
-    need_x, *need_states = needed[:3]
-    needs = [*_groups(needed[_BEFORE:], bias)][first:]
     each = 4 if bias else 2
-    count = len(needs) * each
-    groups, below, saved = [*_groups(others[:count], bias)], others[count], others[count + 1 :]
-    states = [(h0.select(0, k), c0.select(0, k)) for k in range(first, len(h0))]
+    need_x, *need_states = needed[:3]
+    needs = needed[_BEFORE + first * each :]
+    weights, below, saved = others[: len(needs)], others[len(needs)], others[len(needs) + 1 :]
     inputs = [below, *saved[:-3:3]]
     if torch.is_grad_enabled() or ops.forward_mode():  # of which the gradient is a function that has derivatives
-        for k in range(len(groups) - 1):
-            w_ih, w_hh, b_ih, b_hh = groups[k]
-            inputs[k + 1] = ops.layer(inputs[k], w_ih, w_hh, b_ih, b_hh, *states[k], lengths)[0]
-    grad, *grad_states = grads
+        for k, (w_ih, w_hh, b_ih, b_hh) in enumerate(_groups(weights[:-each], bias)):
+            inputs[k + 1] = ops.layer(inputs[k], w_ih, w_hh, b_ih, b_hh, h0[first + k], c0[first + k], lengths)[0]
+    grad, grad_h_n, grad_c_n = grads
     d_weights: list[Tensor | None] = []
-    d_h: list[Tensor | None] = []
-    d_c: list[Tensor | None] = []
-    for k in reversed(range(len(groups))):
-        of_layer = (grad, *(None if g is None else g.select(0, first + k) for g in grad_states))
-        need_w_ih, need_w_hh, *need_b = needs[k]
-        own = (k > 0 or need_x, need_w_ih, need_w_hh, any(need_b), *need_states, False)
-        forward = (inputs[k], *groups[k], *states[k], lengths)
-        grad, *of_weights, d_h0, d_c0 = gradients(of_layer, forward, saved[3 * k : 3 * k + 3], own, need_b)
-        d_weights[:0], d_h[:0], d_c[:0] = of_weights[:each], [d_h0], [d_c0]
-    d_states = (_of_all(d) if need else None for d, need in zip((d_h, d_c), need_states, strict=True))
+    d_h0: list[Tensor | None] = []
+    d_c0: list[Tensor | None] = []
+    for k in range(len(inputs) - 1, -1, -1):
+        row, own = first + k, slice(k * each, (k + 1) * each)
+        states = (None if grad_h_n is None else grad_h_n[row], None if grad_c_n is None else grad_c_n[row])
+        need_w_ih, need_w_hh, *need_b = needs[own]
+        grad, d_h, d_c, *of_weights = gradients(
+            (grad, *states),
+            (inputs[k], *weights[own], *(None,) * (4 - each), h0[row], c0[row], lengths),
+            saved[3 * k : 3 * k + 3],
+            (k > 0 or need_x, need_w_ih, need_w_hh, any(need_b), *need_states, False),
+            need_b,
+        )
+        d_weights[:0], d_h0[:0], d_c0[:0] = of_weights, [d_h], [d_c]
+    d_states = (_of_all(d) if need else None for d, need in zip((d_h0, d_c0), need_states, strict=True))
     return grad, *d_states, None, None, *(None,) * (first * each), *d_weights
 
 
@@ -138,14 +140,14 @@ def _of_all(states: list[Any]) -> Tensor:
 def _by_kernels(
     grads: tuple[Any, Any, Any], forward: Sequence[Any], saved: tuple[Any, Any, Any], needs: Any, need_b: Any
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, w_ih, w_hh, b_ih, b_hh, h0 and c0 of one layer."""
+    """Gradients of x, h0, c0 and the weights of one layer."""
     x, w_ih, w_hh, _, _, h0, c0, lengths = forward
-    both = all(need_b)
+    both = len(need_b) == 2 and all(need_b)
     d_x, d_w_ih, d_w_hh, d_b, d_h0, d_c0, _ = _engine().gradients(
         *grads, x, w_ih, w_hh, h0, c0, lengths, *saved, False, needs, times=(2,) if both else ()
     )
-    d_biases = d_b.unbind() if d_b is not None and both else [d_b if need else None for need in need_b]
-    return d_x, d_w_ih, d_w_hh, *d_biases, d_h0, d_c0
+    d_biases = d_b.unbind() if both else [d_b if need else None for need in need_b]
+    return d_x, d_h0, d_c0, d_w_ih, d_w_hh, *d_biases
 
 
 def _by_operators(
@@ -154,4 +156,4 @@ def _by_operators(
     """The same where they are seen, or may be differentiated."""
     found = ops.gradients(grads, (*forward, False, True, None), saved, needs)
     d_x, d_w_ih, d_w_hh, d_b, d_h0, d_c0, _ = (d if need else None for d, need in zip(found, needs, strict=True))
-    return d_x, d_w_ih, d_w_hh, *ops.of_both_biases(d_b, *need_b), d_h0, d_c0
+    return d_x, d_h0, d_c0, d_w_ih, d_w_hh, *(ops.of_both_biases(d_b, *need_b) if need_b else ())

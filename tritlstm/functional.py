@@ -240,8 +240,9 @@ def _zero_states(x: Tensor, batch: int, options: Options) -> States:
     rows = options.num_layers * (2 if options.bidirectional else 1)
     width = options.proj_size or options.hidden_size
     h = torch.zeros(rows, batch, width, dtype=x.dtype, device=x.device)
-    c = torch.zeros(rows, batch, options.hidden_size, dtype=x.dtype, device=x.device)
-    return h, c
+    if not options.proj_size:
+        return h, h  # nobody writes to it
+    return h, torch.zeros(rows, batch, options.hidden_size, dtype=x.dtype, device=x.device)
 
 
 def _run(

@@ -24,13 +24,14 @@ class ExchangeTimeout(RuntimeError):
 
 def of(device: torch.device) -> Tensor:
     """The status record of a device: int32 ``[code, block, group, step]``, zero while all is well."""
+    found = _records.get(device)
+    if found is not None:
+        return found
     if device.type != "cuda":
         return torch.zeros(WORDS, dtype=torch.int32)
     if device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    if device not in _records:
-        _records[device] = torch.zeros(WORDS, dtype=torch.int32).pin_memory()
-    return _records[device]
+        return of(torch.device("cuda", torch.cuda.current_device()))
+    return _records.setdefault(device, torch.zeros(WORDS, dtype=torch.int32).pin_memory())
 
 
 def check(record: Tensor) -> None:
