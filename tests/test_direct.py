@@ -166,6 +166,20 @@ def test_the_same_bits_as_with_operators(steps: int, layers: int) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+def test_inference(layers: int) -> None:
+    case = mine(1, layers)
+    with torch.no_grad():
+        expected = case()
+    with torch.inference_mode():
+        got = case()
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+        assert not a._is_view()
+        assert a.is_inference()
+        assert a.grad_fn is b.grad_fn is None
+
+
 def test_a_second_backward() -> None:
     case = mine(1, 2)
     loss = weighted(case())
