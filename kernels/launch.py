@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from triton import knobs
@@ -66,9 +66,10 @@ class Compiled(dict[Any, Any]):
         return Compiled, ()
 
 
-@dataclasses.dataclass(frozen=True)
+# Frozen, it would take three times as long to make, in every launch.
+@dataclasses.dataclass(slots=True)
 class Launch:
-    """One launch of a kernel.
+    """One launch of a kernel, which is not changed any more.
 
     ``arguments`` are tensors, ints or None by parameter name; ``constants`` are the constexpr parameters.
     ``cooperative`` asks the driver to refuse a grid that cannot be resident at once, instead of hanging in
@@ -113,46 +114,76 @@ class Launch:
 
     def _run_compiled(self, compiled: Compiled) -> None:
         """As Triton launches, without its look-up by all arguments, which takes longer than a short kernel."""
-        names = tuple(self.arguments)
-        found = compiled.get(names)
-        if found is None:
-            parameters = kernel_function(self.kernel).params
-            places = {p.name: p.num for p in parameters if not p.is_constexpr}
-            defaults = [self.constants.get(p.name, p.default) for p in parameters]
-            known = [places.get(name) for name in names]
-            if None in known:
-                self._run_jit()  # says which one it does not know
+        arguments = self.arguments
+        names = tuple(arguments)
+        form = compiled.get(names)
+        if form is None:
+            form = _Form.of(self)
+            if form is None:
+                self._run_jit()  # says which argument it does not know
                 return
-            own: dict[Any, Any] = {}
-            found = compiled[names] = (self.constants, self._choices, defaults, known, own)
-        constants, choices, defaults, known, kernels = found
-        if constants is not self.constants or choices != self._choices:  # a changed copy of a launch
+            compiled[names] = form
+        if form.constants is not self.constants or form.choices != self._choices:  # a changed copy of a launch
             self._run_jit()
             return
-        values, unaligned, wide = defaults.copy(), 0, 0
+        given, values = [*arguments.values()], form.defaults.copy()
         device = driver.active.get_current_device()
         key: list[Any] = [device]
-        for place, value in zip(known, self.arguments.values(), strict=True):
-            if type(value) is int:
-                if not -0x80000000 <= value < 0x80000000:
-                    wide |= 1 << place  # an argument of 64 bits
-            elif value is None:
+        unaligned = wide = 0
+        for k, place in form.pointers:
+            value = given[k]
+            if value is None:
                 key.append(None)
             else:
-                pointer = value.data_ptr()
-                if pointer & 15:
-                    unaligned |= 1 << place
                 key.append(value.dtype)
-                # As a number it need not be looked up. Memory of the host may have another address on the device.
-                value = pointer if value.is_cuda else value
+                value = value.data_ptr()  # as a number it need not be looked up
+                if value & 15:
+                    unaligned |= 1 << place
             values[place] = value
+        for k, place in form.numbers:
+            values[place] = value = given[k]
+            if not -0x80000000 <= value < 0x80000000:
+                wide |= 1 << place  # an argument of 64 bits
+        for k, place in form.on_host:
+            values[place] = given[k]
         key += (unaligned, wide)
-        kernel = kernels.get(tuple(key))
+        kernel = form.kernels.get(tuple(key))
         if kernel is None:
             kernel = self._run_jit()
             if kernel is not None:  # a hook may keep Triton from compiling
-                kernels[tuple(key)] = kernel
+                form.kernels[tuple(key)] = kernel
             return
         x, y, z = (*self.grid, 1, 1)[:3]
         stream = driver.active.get_current_stream(device)
         kernel.run(x, y, z, stream, kernel.function, kernel.packed_metadata, None, None, None, *values)
+
+
+class _Form(NamedTuple):
+    """What launches with arguments of the same names have in common. Pairs say where an argument is given, and which
+    parameter of the kernel it is."""
+
+    constants: dict[str, Any]
+    choices: tuple[Any, ...]
+    defaults: list[Any]
+    pointers: list[tuple[int, int]]  # or None
+    numbers: list[tuple[int, int]]
+    on_host: list[tuple[int, int]]  # pointers, which may have another address on the device
+    kernels: dict[Any, Any]
+
+    @classmethod
+    def of(cls, launch: Launch) -> _Form | None:
+        """None where the kernel has no parameter of some name."""
+        parameters = kernel_function(launch.kernel).params
+        places = {p.name: p.num for p in parameters if not p.is_constexpr}
+        if not places.keys() >= launch.arguments.keys():
+            return None
+        defaults = [launch.constants.get(p.name, p.default) for p in parameters]
+        pointers: list[tuple[int, int]] = []
+        numbers: list[tuple[int, int]] = []
+        on_host: list[tuple[int, int]] = []
+        for k, (name, value) in enumerate(launch.arguments.items()):
+            pair = (k, places[name])
+            (numbers if type(value) is int else pointers).append(pair)
+            if value is not None and type(value) is not int and not value.is_cuda:
+                on_host.append(pair)
+        return cls(launch.constants, launch._choices, defaults, pointers, numbers, on_host, {})

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import _VF, Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import aten, chain_ops, cpu, ops, stack_ops
+from . import aten, chain_ops, cpu, direct, ops, stack_ops
 from .cell_options import CellOptions
 from .ops import runs_kernels
 from .variants import Extras, Resets
@@ -240,8 +240,9 @@ def _zero_states(x: Tensor, batch: int, options: Options) -> States:
     rows = options.num_layers * (2 if options.bidirectional else 1)
     width = options.proj_size or options.hidden_size
     h = torch.zeros(rows, batch, width, dtype=x.dtype, device=x.device)
-    c = torch.zeros(rows, batch, options.hidden_size, dtype=x.dtype, device=x.device)
-    return h, c
+    if not options.proj_size:
+        return h, h  # nobody writes to it
+    return h, torch.zeros(rows, batch, options.hidden_size, dtype=x.dtype, device=x.device)
 
 
 def _run(
@@ -502,9 +503,11 @@ def run_layers(
     """All layers and directions over x [T, B, D]; `rows` are the places in [T B] that dropout draws for."""
     _check_tensors(x, hx, weights)
     _check_steps(x.size(0))
-    x = x.to(_dtype_of_results(x))  # as autocast would in the operators: what runs together is planned by the dtype
-    if extras is None and _infers(x, lengths, hx, weights, options):
-        return _inferred(x, lengths, hx, weights, options)
+    dtype = _dtype_of_results(x)
+    if x.dtype != dtype:
+        x = x.to(dtype)  # as autocast would in the operators: what runs together is planned by the dtype
+    if extras is None and _direct(x, lengths, hx, weights, options):
+        return direct.run(x, lengths, hx, weights, options.bias)
     directions = 2 if options.bidirectional else 1
     each = 2 + 2 * options.bias + (options.proj_size > 0)
     states: list[States] = []
@@ -545,29 +548,13 @@ def run_layers(
     return x, _joined(h_n), _joined(c_n)
 
 
-def _infers(x: Tensor, lengths: Tensor | None, hx: States, weights: list[Tensor], options: Options) -> bool:
-    """Whether kernels run one layer of one direction after another, and nobody wants anything but the results."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or options.bidirectional or options.proj_size:
+def _direct(x: Tensor, lengths: Tensor | None, hx: States, weights: list[Tensor], options: Options) -> bool:
+    """Whether kernels run one layer of one direction after another, and nobody would see their operators."""
+    if torch.compiler.is_compiling() or options.bidirectional or options.proj_size:
         return False
     if (options.dropout > 0 and options.training) or not ops.launches(x):
         return False
     return ops.unseen(x, lengths, *hx, *weights) and _together(x, options, options.num_layers, None) == 1
-
-
-def _inferred(
-    x: Tensor, lengths: Tensor | None, hx: States, weights: list[Tensor], options: Options
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`run_layers` without operators, each of which would check, save, and copy states."""
-    from . import layer as engine
-
-    h_n, c_n = (torch.empty(state.shape, dtype=x.dtype, device=x.device) for state in hx)
-    each = 4 if options.bias else 2
-    for k, (h0, c0, *into) in enumerate(zip(*hx, h_n, c_n, strict=True)):
-        w_ih, w_hh, *biases = weights[k * each : (k + 1) * each]
-        b_ih, b_hh = biases or (None, None)
-        states = (into[0], into[1])
-        x = engine.forward(x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, False, False, states=states)[0]
-    return x, h_n, c_n
 
 
 def _joined(states: tuple[Tensor, ...]) -> Tensor:
@@ -699,6 +686,9 @@ def _check_tensors(x: Tensor, hx: Any, weights: list[Tensor]) -> None:
     if len(hx) != 2:
         raise RuntimeError("lstm expects two hidden states")
     device, dtype = x.device, _dtype_of_results(x)
+    # Asked in every call, where it is almost always so.
+    if dtype == x.dtype and all(t.dtype == dtype and t.device == device for t in (*hx, *weights)):
+        return
     for name, tensors in (("hidden", hx), ("parameter", weights)):
         for t in tensors:
             if t.device != device:

@@ -48,7 +48,7 @@ def _run(launch: Launch) -> None:
     if emulator.active():
         emulator.run(launch)
         return
-    index = next(v for v in launch.arguments.values() if isinstance(v, Tensor)).get_device()
+    index = next(filter(torch.is_tensor, launch.arguments.values())).get_device()
     if index == torch.cuda.current_device():
         launch.run()
     else:
@@ -92,7 +92,7 @@ def _first_rows(
 
 
 def _exchange_buffer(shape: tuple[int, ...], like: Tensor, protocol: str) -> Tensor:
-    buffer = torch.empty(shape, dtype=like.dtype, device=like.device)
+    buffer = like.new_empty(*shape)
     if protocol == "flag":
         buffer.view(torch.int16 if buffer.element_size() == 2 else torch.int32).fill_(exchange.POISON.value)
     return buffer
@@ -150,7 +150,7 @@ def forward(
     ``x`` [T, B, D], ``w_ih`` [4H, D], ``w_hh`` [4H, H], biases [4H], ``h0`` and ``c0`` [B, H], ``lengths``
     int32 [B], ``gate0`` [B, 4H] added to the pre-activations of each sequence's first step. All of one dtype.
     ``cell`` is how the cell differs from the plain one; ``norm`` is a :class:`tritlstm.normed.Normed`. ``states`` are
-    tensors for ``h_n`` and ``c_n`` of a plain layer of which nothing is saved; what it then returns for ``gates`` and
+    tensors for ``h_n`` and ``c_n`` of a plain layer; where nothing is saved, what it then returns for ``gates`` and
     ``cells`` means nothing.
 
     Returns ``out`` [T, B, H], ``h_n`` and ``c_n`` [B, H] and, if ``save``, what :func:`backward` needs:
@@ -171,7 +171,8 @@ def forward(
     )
     cuts = None if cell.resets is None else aten.cut_steps(cell.resets, lengths, reverse)
     separate = width != hidden or cell.h_scale is not None
-    layout = _with_cell(layout, cell, SEPARATE_OUT=separate, KEEP_GATES=not recompute)
+    if cell is not PLAIN or recompute:
+        layout = _with_cell(layout, cell, SEPARATE_OUT=separate, KEEP_GATES=not recompute)
 
     if norm is None:
         gates = _input_products(x, w_ih, b_ih, b_hh, hidden, device, precision)
@@ -181,18 +182,21 @@ def forward(
 
     place = x.device
     buffer = _exchange_buffer((length, batch, width), x, layout.protocol)
-    out = torch.empty((length, batch, hidden), dtype=x.dtype, device=place) if separate else buffer
+    out = x.new_empty(length, batch, hidden) if separate else buffer
     steps = _steps(layout, length)
     # Between the launches of the step tier the cell state keeps fp32.
     c_dtype = c0.dtype if len(steps) == 1 else torch.float32
-    if states is None:
-        cells = torch.empty((length, batch, width) if save else (0,), dtype=torch.float32, device=place)
-        h_n = torch.empty((batch, hidden), dtype=x.dtype, device=place)
-        c_n = torch.empty((batch, hidden), dtype=c_dtype, device=place)
+    if save or states is None:
+        cells = x.new_empty(*((length, batch, width) if save else (0,)), dtype=torch.float32)
     else:
-        cells, (h_n, c_n) = _untouched(torch.float32, place), states
+        cells = _untouched(torch.float32, place)
+    if states is None:
+        h_n = x.new_empty(batch, hidden)
+        c_n = x.new_empty(batch, hidden, dtype=c_dtype)
+    else:
+        h_n, c_n = states
         if c_n.dtype != c_dtype:
-            c_n = torch.empty((batch, hidden), dtype=c_dtype, device=place)
+            c_n = x.new_empty(batch, hidden, dtype=c_dtype)
     flag = status.of(place)
     arguments = {
         "gates_ptr": gates,
@@ -240,12 +244,13 @@ def _one_step(
     _, batch, features = x.shape
     hidden = w_hh.shape[1]
     chosen = plan.one_step(batch, features, hidden, x.dtype, plan.device_of(x), plan.dot_precision(x), save)
-    out = torch.empty((1, batch, hidden), dtype=x.dtype, device=x.device)
-    h_n, c_n = states or (torch.empty_like(out[0]), torch.empty((batch, hidden), dtype=c0.dtype, device=x.device))
-    gates, cells = _untouched(x.dtype, x.device), _untouched(torch.float32, x.device)
+    out = x.new_empty(1, batch, hidden)
+    h_n, c_n = states or (x.new_empty(batch, hidden), c0.new_empty(batch, hidden))
     if save:
-        gates = torch.empty((1, batch, 4 * padded(hidden)), dtype=x.dtype, device=x.device)
-        cells = torch.empty((1, batch, padded(hidden)), dtype=torch.float32, device=x.device)
+        gates = x.new_empty(1, batch, 4 * padded(hidden))
+        cells = x.new_empty(1, batch, padded(hidden), dtype=torch.float32)
+    else:
+        gates, cells = _untouched(x.dtype, x.device), _untouched(torch.float32, x.device)
     x, _, stride_b = _row_strides(x)
     arguments = {
         "x_ptr": x,
@@ -347,7 +352,7 @@ def _input_products(
     length, batch, features = x.shape
     x, stride_t, stride_b = _row_strides(x)
     if gates is None:
-        gates = torch.empty((length, batch, 4 * padded(hidden)), dtype=dtype or x.dtype, device=x.device)
+        gates = x.new_empty(length, batch, 4 * padded(hidden), dtype=dtype)
     layout = plan.gate_gemm(length * batch, features, hidden, x.dtype, device, precision)
     arguments = {
         "x_ptr": x,
@@ -388,6 +393,33 @@ def backward(
     where ``needs`` says so; with an eighth flag in ``needs`` also that of ``cell.peephole``. ``rebuild``, b_ih, b_hh
     and gate0 of the forward pass, says that ``gates`` were not saved.
     """
+    found = gradients(
+        grad_out, grad_h_n, grad_c_n, x, w_ih, w_hh, h0, c0, lengths, out, gates, cells, reverse, needs, cell, rebuild
+    )
+    # One each: an operator may not return the same tensor twice.
+    return tuple(x.new_empty(0) if grad is None else grad for grad in found)
+
+
+def gradients(
+    grad_out: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    lengths: Tensor | None,
+    out: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    reverse: bool,
+    needs: Sequence[bool],
+    cell: Cell = PLAIN,
+    rebuild: tuple[Tensor | None, Tensor | None, Tensor | None] | None = None,
+    times: tuple[int, ...] = (),
+) -> tuple[Tensor | None, ...]:
+    """:func:`backward` with None for what is not needed, and the bias sum so many ``times``: [*times, 4H]."""
     length, batch, features = x.shape
     hidden = w_hh.shape[1]
     cuts = None if cell.resets is None else aten.cut_steps(cell.resets, lengths, reverse)
@@ -396,48 +428,68 @@ def backward(
     grad_gates, grad_c0, kept_h = _recurrent_backward(
         grad_out, grad_h_n, grad_c_n, w_hh, c0, lengths, cuts, gates, cells, reverse, x, cell
     )
-    rows = grad_gates.view(length * batch, -1)
     need_x, need_w_ih, need_w_hh, need_b, need_h0, need_c0, need_gate0, *need_peephole = needs
     grad_x, grad_w_ih, grad_w_hh, grad_b, grad_h0, grad_gate0 = NOTHING
+    # What follows costs a small layer more in launches than in memory: one copy of the gates' gradients into the order
+    # of the weights spares a copy of every weight and of every gradient of one.
+    packed = grad_gates.numel() > UNPACKED
+    rows = grad_gates.view(length * batch, -1) if packed else _unpacked(grad_gates, hidden)
     if need_x:
-        grad_x = torch.mm(rows, pack_rows(w_ih)).view(length, batch, features)
+        grad_x = torch.mm(rows, pack_rows(w_ih) if packed else w_ih).view(length, batch, features)
     if need_w_ih:
-        grad_w_ih = unpack_rows(torch.mm(rows.t(), x.reshape(length * batch, features)), hidden)
-    if need_b:
-        grad_b = unpack_rows(rows.sum(0), hidden)
+        product = torch.mm(rows.t(), x.reshape(length * batch, features))
+        grad_w_ih = unpack_rows(product, hidden) if packed else product
+    if need_b and packed:
+        sums = rows.sum(0).view(-1, 4)[:hidden].t()
+        grad_b = sums.expand(*times, 4, hidden).reshape(*times, 4 * hidden)
+    elif need_b:
+        grad_b = rows.expand(*times, *rows.shape).sum(-2)
     if need_w_hh or need_h0 or need_gate0:
         first_rows = _first_rows(length, batch, lengths, reverse, x.device)
-        first = rows[first_rows]
+        first = rows if length == 1 else rows[first_rows]
         # Into a first step that begins with a reset, neither h0 nor gate0 has entered.
         entered = first if cuts is None else torch.where(cuts.reshape(-1, 1)[first_rows], 0, first)
         if need_w_hh:
             sent, sent0 = _sent(out, h0, cuts, reverse, cell)
-            grad_w_hh = unpack_rows(_recurrent_weight_gradient(rows, entered, sent, sent0, reverse), hidden)
+            product = _recurrent_weight_gradient(rows, entered, sent, sent0, reverse)
+            grad_w_hh = unpack_rows(product, hidden) if packed else product
         if need_h0:
-            grad_h0 = _grad_h0(entered, grad_h_n, w_hh, lengths, cell, kept_h, cuts, first_rows)
+            weights = pack_rows(w_hh) if packed else w_hh
+            grad_h0 = _grad_h0(entered, grad_h_n, weights, lengths, cell, kept_h, cuts, first_rows)
         if need_gate0:
-            grad_gate0 = unpack_rows(entered.t(), hidden).t().contiguous()
+            grad_gate0 = unpack_rows(entered.t(), hidden).t().contiguous() if packed else entered.clone()
     found = (grad_x, grad_w_ih, grad_w_hh, grad_b, grad_h0, grad_c0.to(c0.dtype) if need_c0 else None, grad_gate0)
-    # One each: an operator may not return the same tensor twice.
-    results = tuple(x.new_empty(0) if grad is None else grad for grad in found)
     if not need_peephole:
-        return results
+        return found
     if not need_peephole[0]:
-        return *results, x.new_empty(0)
-    return *results, _grad_peephole(grad_gates, gates, cells, out, h0, c0, lengths, cuts, reverse, cell)
+        return *found, None
+    return *found, _grad_peephole(grad_gates, gates, cells, out, h0, c0, lengths, cuts, reverse, cell)
+
+
+#: Gradients of gates, in numbers, up to which they are put into the order of the weights.
+UNPACKED = 1 << 22
+
+
+def _unpacked(gates: Tensor, hidden: int) -> Tensor:
+    """``[T, B, 4 HX]`` to ``[T * B, 4H]`` in i, f, g, o order."""
+    width = padded(hidden)
+    units = gates.view(-1, width, 4)
+    if width != hidden:
+        units = units[:, :hidden]
+    return units.transpose(1, 2).reshape(-1, 4 * hidden)
 
 
 def _grad_h0(
     entered: Tensor,
     grad_h_n: Tensor | None,
-    w_hh: Tensor,
+    w_hh: Tensor,  # with its rows in the order of the columns of ``entered``
     lengths: Tensor | None,
     cell: Cell,
     kept_h: Tensor | None,
     cuts: Tensor | None,
     first_rows: Tensor | slice,
 ) -> Tensor:
-    grad = torch.mm(entered, pack_rows(w_hh))
+    grad = torch.mm(entered, w_hh)
     if cell.h_scale is not None:
         grad = (grad * cell.h_scale).to(grad.dtype)
     if kept_h is not None:
@@ -543,12 +595,13 @@ def _recurrent_backward(
         "backward", length, batch, hidden, x.dtype, device, precision, True, _overrides(),
         normed=norm is not None,
     )
-    layout = _with_cell(layout, cell)
+    if cell is not PLAIN:
+        layout = _with_cell(layout, cell)
     stride_t, stride_b = batch, 1
     if grad_out is not None:
         grad_out, stride_t, stride_b = _row_strides(grad_out)
     grad_gates = _exchange_buffer((length, batch, 4 * padded(hidden)), x, layout.protocol)
-    grad_c0 = torch.empty((batch, hidden), dtype=torch.float32, device=x.device)
+    grad_c0 = x.new_empty(batch, hidden, dtype=torch.float32)
     flag = status.of(x.device)
     arguments = {
         "grad_out_ptr": grad_out,
@@ -584,7 +637,7 @@ def _recurrent_backward(
 
 
 def _recurrent_weight_gradient(rows: Tensor, first: Tensor, out: Tensor, h0: Tensor, reverse: bool) -> Tensor:
-    """``sum over t of grad_gates[t]ᵀ h[t - 1]``, [4 HX, H]; h past a sequence's end is zero in ``out``."""
+    """``sum over t of rows[t]ᵀ h[t - 1]``, [columns of rows, H]; h past a sequence's end is zero in ``out``."""
     length, batch, hidden = out.shape
     product = torch.mm(first.t(), h0)
     if length == 1:
@@ -592,4 +645,4 @@ def _recurrent_weight_gradient(rows: Tensor, first: Tensor, out: Tensor, h0: Ten
     inner = (length - 1) * batch
     h = out.reshape(length * batch, hidden)
     later, earlier = (rows[:inner], h[batch:]) if reverse else (rows[batch:], h[:inner])
-    return product.addmm(later.t(), earlier)
+    return product.addmm_(later.t(), earlier)

@@ -173,7 +173,7 @@ def backward(
         layer.unpack_rows(torch.mm(rows_in.t(), x.reshape(length * batch, features)), hidden),
         layer.unpack_rows(grad_w_hh, hidden),
         layer.unpack_rows(rows_pre.sum(0), hidden),
-        layer._grad_h0(entered, grad_h_n, w_hh, lengths, cell, kept_h, cuts, first_rows),
+        layer._grad_h0(entered, grad_h_n, layer.pack_rows(w_hh), lengths, cell, kept_h, cuts, first_rows),
         grad_c0.to(c0.dtype),
         peephole,
         grad_ih.to(norm.ih.dtype),

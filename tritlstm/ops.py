@@ -87,6 +87,7 @@ def layer(
 _PLAIN_KEYS = frozenset(
     ("CPU", "CUDA", "ADInplaceOrView", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA", "BackendSelect")
 )
+_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int))
 _keys_of = torch._C._dispatch_keys
 _keys_included = torch._C._dispatch_tls_local_include_set
 _keys_excluded = torch._C._dispatch_tls_local_exclude_set
@@ -104,14 +105,14 @@ def unseen(*args: Any) -> bool:
         return False
     if torch.is_grad_enabled() and not _records(_keys_excluded().raw_repr()):
         return False
-    for value in args:
-        kind = type(value)
-        if kind is Tensor or kind is torch.nn.Parameter:
-            if not _plain(_keys_of(value).raw_repr()):
-                return False
-        elif not (value is None or kind is bool or kind is int):
-            return False
-    return True
+    if not plain(args):
+        return False
+    return all(map(_plain, {_keys_of(value).raw_repr() for value in args if isinstance(value, Tensor)}))
+
+
+def plain(args: Sequence[Any]) -> bool:
+    """Whether no argument is of a subclass of tensors, nor anything unknown."""
+    return _PLAIN_TYPES.issuperset(map(type, args))
 
 
 def _key_names(raw: int) -> set[str]:
@@ -274,15 +275,8 @@ class _Layer(torch.autograd.Function):
         x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, gate0, out, gates, cells = ctx.saved_tensors
         *before, need_b_ih, need_b_hh, need_h0, need_c0, _, _, _, need_gate0 = ctx.needs_input_grad
         needs = (*before, need_b_ih or need_b_hh, need_h0, need_c0, need_gate0)
-        inputs = (*grads[:3], x, w_ih, w_hh, h0, c0, lengths)
         forward = (x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, ctx.reverse, True, gate0)
-        if forward_mode():
-            results = _differentiable_backward(grads[:3], forward, needs)
-        elif torch.is_grad_enabled():  # someone may differentiate the gradient
-            results = _Gradient.apply(*grads[:3], *forward, out, gates, cells, needs)
-        else:
-            given = (*inputs, out, gates, cells, ctx.reverse)
-            results = run_backward(_backward, _layer_backward, given, needs)
+        results = gradients(grads[:3], forward, (out, gates, cells), needs)
         d_x, d_w_ih, d_w_hh, d_b, d_h0, d_c0, d_gate0 = (
             result if need else None for result, need in zip(results, needs, strict=True)
         )
@@ -291,6 +285,19 @@ class _Layer(torch.autograd.Function):
 
 
 _RecordedLayer = recorder(_Layer, _forward)
+
+
+def gradients(
+    grads: Sequence[Tensor | None], forward: Sequence[Any], saved: Sequence[Tensor], needs: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """`layer_backward` of what `layer` saved of the arguments `forward`, in whatever way it is differentiated."""
+    if forward_mode():
+        return _differentiable_backward(grads, forward, needs)
+    if torch.is_grad_enabled():  # someone may differentiate the gradient
+        return _Gradient.apply(*grads, *forward, *saved, needs)
+    x, w_ih, w_hh, _, _, h0, c0, lengths, reverse, *_ = forward
+    given = (*grads, x, w_ih, w_hh, h0, c0, lengths, *saved, reverse)
+    return run_backward(_backward, _layer_backward, given, needs)
 
 
 def run_backward(compute: Any, op: Any, given: tuple[Any, ...], needs: Sequence[bool]) -> tuple[Tensor, ...]:

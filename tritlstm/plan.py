@@ -141,6 +141,10 @@ def _has_tf32(index: int | None) -> bool:
     return not torch.cuda.is_available() or torch.cuda.get_device_capability(index) >= (8, 0)
 
 
+#: "none" follows the next one; `allow_tf32 = False` leaves "none" everywhere. Kept, as torch takes long to find them.
+_TF32_SWITCHES = (torch.backends.cudnn.rnn, torch.backends.cudnn, torch.backends)
+
+
 def dot_precision(x: Tensor) -> str:
     """``input_precision`` of the kernels' products: fp32 follows torch's TF32 switch for cuDNN RNNs."""
     emulation = emulator.current()
@@ -148,8 +152,7 @@ def dot_precision(x: Tensor) -> str:
         return "tf32" if emulation.tf32 and x.dtype == torch.float32 else "ieee"
     if x.dtype != torch.float32 or torch.version.hip or not _has_tf32(x.device.index):
         return "ieee"
-    # "none" follows the switch above it; `allow_tf32 = False` leaves "none" everywhere.
-    for switch in (torch.backends.cudnn.rnn, torch.backends.cudnn, torch.backends):
+    for switch in _TF32_SWITCHES:
         precision = getattr(switch, "fp32_precision", "none")
         if precision != "none":
             return "tf32" if precision == "tf32" else "ieee"

@@ -24,15 +24,16 @@ class ExchangeTimeout(RuntimeError):
 
 def of(device: torch.device) -> Tensor:
     """The status record of a device: int32 ``[code, block, group, step]``, zero while all is well."""
+    found = _records.get(device)
+    if found is not None:
+        return found
     if device.type != "cuda":
         return _zeros()
     if device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    if device not in _records:
-        # It outlives this call: in inference mode it could not be cleared by a later one outside.
-        with torch.inference_mode(False):
-            _records[device] = _zeros().pin_memory()
-    return _records[device]
+        return of(torch.device("cuda", torch.cuda.current_device()))
+    # It outlives this call: in inference mode it could not be cleared by a later one outside.
+    with torch.inference_mode(False):
+        return _records.setdefault(device, _zeros().pin_memory())
 
 
 def _zeros() -> Tensor:
