@@ -623,6 +623,8 @@ def _feasible(
             most = (room - passed) // chunk_bytes + held
             if together > 1 and together * per_tile > received:
                 continue
+            if held and passed / 4 / threads > RECEIVED_REGISTERS * 3 // 4:
+                continue  # beside them 40 to 48 bytes spill
             if tier == "step" and most >= 1:
                 poll = 1
                 break
