@@ -205,7 +205,10 @@ def test_a_measurement_survives_its_file(tmp_path):
 
 
 def test_the_cost_model_says_where_its_numbers_come_from(tmp_path):
-    assert str(REAL.constants) == "data-sheet rates and estimates; nothing measured on this device"
+    assert str(measured.DATA_SHEET) == "data-sheet rates and estimates; nothing measured on this device"
+    assert str(REAL.constants) == (
+        "data-sheet rates and constants fitted to an H200 on 2026-11-27; nothing measured on this device"
+    )
     path = write(tmp_path / "a.json")
     device = measured.read(path).apply(REAL)
     words = (
@@ -225,7 +228,7 @@ def test_explain_says_so_too(monkeypatch, tmp_path):
     device = measured.read(write(tmp_path / "a.json")).apply(REAL)
     with emulator.emulate():
         module, x = tritlstm.LSTM(8, 8), torch.zeros(3, 2, 8)
-        assert "note: predictions from data-sheet rates and estimates" in str(tritlstm.explain(module, x))
+        assert "note: predictions from data-sheet rates and constants fitted" in str(tritlstm.explain(module, x))
         monkeypatch.setattr(plan, "device_of", lambda _: device)
         assert f"note: predictions from measured on {NAME} on 2026-11-25" in str(tritlstm.explain(module, x))
 
@@ -236,7 +239,7 @@ def test_kernels_explains_with_a_file(tmp_path, monkeypatch, capsys):
     assert cli.main(["kernels", "--explain", "100,16,512,512", "--measured", path]) == 0
     assert f"predictions from measured on {NAME} on 2026-11-25" in capsys.readouterr().out
     assert cli.main(["kernels", "--explain", "100,16,512,512"]) == 0
-    assert "predictions from data-sheet rates and estimates" in capsys.readouterr().out
+    assert "predictions from data-sheet rates and constants fitted" in capsys.readouterr().out
     assert cli.main(["kernels", "--explain", "100,16,512,512", "--measured", path, "--arch", "sm_80"]) == 2
     assert f"was measured on {NAME} (sm_90), asked for sm_80; leave --measured out" in capsys.readouterr().err
     assert cli.main(["kernels", "--measured", path]) == 2

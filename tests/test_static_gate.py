@@ -59,14 +59,29 @@ def test_a_shape_is_explained_by_model_and_code(capsys: pytest.CaptureFixture[st
     rows = {" ".join(line[:-2]): line[-2:] for line in lines[1:]}
     p = plan.recurrent("forward", 1024, 16, 768, shape_report.DTYPES["fp16"], plan.DEVICES["sm_90"])
     assert rows["predicted us a step, all tiles"][0] == f"{p.us_per_step:.2f}"
-    # 48 blocks read 16 rows of 768 values of 2 bytes, backward a quarter of 4 * 768; and 4 tiles of 16 x 16 sums.
-    assert rows["bytes from L2 a step"] == [f"{48 * 16 * 768 * 2:,}", f"{48 * 16 * (768 * 2 + 4 * 16 * 8):,}"]
+    # 48 blocks read 16 rows of 768 values of 2 bytes; backward 96 an eighth of 4 * 768, and 8 tiles of 8 x 16 sums.
+    assert rows["bytes from L2 a step"] == [f"{48 * 16 * 768 * 2:,}", f"{96 * 16 * (384 * 2 + 8 * 8 * 8):,}"]
     # Forward: products in, gates out, cells, h: (8 + 8 + 4 + 2) bytes a unit. Backward: 8 + 8 + 2 * 4 + 2.
     assert rows["bytes of memory a step, least"] == [f"{16 * 768 * 22:,}", f"{16 * 768 * 26:,}"]
     assert rows["multiply-adds a step"] == [f"{4 * 16 * 768**2:,}"] * 2
     # 270336 bytes over 3.35e6 a us = 0.08; the products take less; one hand-off of 0.40.
     assert rows["floor us a step"][0] == "0.48"
     assert rows["matrix instruction"] == ["HGMMA", "HGMMA"]
+
+
+def test_a_single_step_is_explained_by_the_kernel_that_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["kernels", "--explain", "1,1,512,512", "--dtype", "fp16", "--arch", "sm_90"]) == 0
+    lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()[2:]]
+    rows = {line[0]: [word.strip() for word in line if word][-2:] for line in lines}
+    assert rows["tier, exchange"] == ["one launch", "step, none"]
+    assert rows["blocks x groups"][0] == "128 x 1"
+    # 2048 rows of weights and, in each of 128 blocks, one of x and of h: 1024 values of 2 bytes.
+    assert rows["bytes from L2 a step"][0] == f"{(2048 + 128) * 1024 * 2:,}"
+    # The weights and the states come from memory; 4 gates and 4 states of 2 bytes and a cell of 4 a unit go there.
+    assert rows["bytes of memory a step, least"][0] == f"{2049 * 1024 * 2 + 512 * 20:,}"
+    assert rows["multiply-adds a step"][0] == f"{2048 * 1024:,}"
+    assert rows["predicted us: cell"][0] == "-"
+    assert rows["matrix instruction"][0] == "HMMA"
 
 
 @pytest.mark.parametrize("text", ["1,2,3", "1,2,3,x", "0,1,1,1", ""])

@@ -49,22 +49,24 @@ class Constants:
     turn_us: float = 0.05  # a single block: a product's operand to shared memory and its result back
     fence_us: float = 0.04  # between the products of two chunks: the wait for the first and a fence
     launch_us: float = 5.0
-    #: Where measured values came from; None: none of these is measured.
+    source: str = "data-sheet rates and estimates"
+    #: Where measured values came from; None: none of these is measured on this device.
     measurement: Measurement | None = None
 
     def __str__(self) -> str:
         if self.measurement is None:
-            return "data-sheet rates and estimates; nothing measured on this device"
+            return f"{self.source}; nothing measured on this device"
         return str(self.measurement)
 
 
 #: Fields of `plan.Device` that a file may correct.
 RATES = ("clock_ghz", "l2_bytes_per_us", "memory_bytes_per_us")
-NAMES = (*(field.name for field in dataclasses.fields(Constants) if field.name != "measurement"), *RATES)
+NAMES = (*(f.name for f in dataclasses.fields(Constants) if f.name not in ("source", "measurement")), *RATES)
 DATA_SHEET = Constants()
 #: Of the SMs of an H100 and an H200: fitted to 181 kernels on an H200 (kernels/README.md, section 4).
 HOPPER = Constants(flag_us=0.40, l2_latency_us=0.108, sm_l2_bytes_per_us=46.7e3, cell_us=0.524, grad_us=0.266,
-                   parts_us=0.764, turn_us=0.25, fence_us=0.0037)  # fmt: skip
+                   parts_us=0.764, turn_us=0.25, fence_us=0.0037,
+                   source="data-sheet rates and constants fitted to an H200 on 2026-11-27")  # fmt: skip
 
 
 class MeasuredError(ValueError):

@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from . import inspect_kernels, machine_code, plan
-from .plan import Device, RecurrentPlan
+from .plan import Device, OneStepPlan, RecurrentPlan
 
 __all__ = ["SHAPES", "Report", "Shape", "counts", "parse_shape", "report", "write_counts"]
 
@@ -71,10 +72,12 @@ def parse_shape(text: str, dtype: str) -> Shape:
     return Shape(length, batch, features, hidden, dtype)
 
 
-def chosen(shape: Shape, direction: str, device: Device) -> RecurrentPlan:
+def chosen(shape: Shape, direction: str, device: Device) -> RecurrentPlan | OneStepPlan:
     """The planner's choice for training."""
     dtype = DTYPES[shape.dtype]
     precision = "tf32" if shape.dtype == "fp32" and not device.arch.startswith("gfx") else "ieee"
+    if shape.T == 1 and direction == "forward":
+        return plan.one_step(shape.B, shape.D, shape.H, dtype, device, precision)
     return plan.recurrent(direction, shape.T, shape.B, shape.H, dtype, device, precision)
 
 
@@ -82,7 +85,7 @@ def chosen(shape: Shape, direction: str, device: Device) -> RecurrentPlan:
 class Report:
     """One kernel for one shape: bytes a step, predicted parts and floor in µs a step, counts of the compiled code."""
 
-    plan: RecurrentPlan
+    plan: RecurrentPlan | OneStepPlan
     l2_bytes: int
     memory_bytes: int
     multiply_adds: int
@@ -95,28 +98,40 @@ def report(shape: Shape, direction: str, device: Device, compiled: bool = True) 
 
     ``memory_bytes`` is what crosses the memory bus at least: forward reads the input products and writes h, gates and
     cells; backward reads gates, cells and the gradient of h, and writes the gates' gradients. The floor is the larger
-    of these bytes and the product at the device's rates, and one hand-off.
+    of these bytes and the product at the device's rates, and one hand-off. The forward pass of a single step has its
+    input's product inside, and reads all weights from memory.
     """
     p = chosen(shape, direction, device)
     element, width = p.dtype.itemsize, plan.padded(shape.H)
+    gates, cells, h = 4 * width * element, 4 * width, width * element
+    rate = device.fma_per_clock * (1.0 if element == 2 else 0.5) * device.clock_ghz * 1e3 * device.sms
+    if isinstance(p, OneStepPlan):
+        (blocks, tiles), depth = p.grid, shape.D + shape.H
+        l2_bytes = (tiles * 4 * shape.H + blocks * shape.B) * depth * element
+        # Weights, x, h0 and c0 in; gates, cells, out, h_n and c_n out.
+        memory_bytes = (4 * shape.H + shape.B) * depth * element + shape.B * (gates + cells + 4 * h)
+        multiply_adds = 4 * shape.B * shape.H * depth
+        floor = max(memory_bytes / device.memory_bytes_per_us, multiply_adds / rate)
+        return Report(p, l2_bytes, memory_bytes, multiply_adds, floor, counts(p, device) if compiled else {})
     depth = width * (1 if direction == "forward" else 4)
     streamed = (1 - p.resident / p.chunks) * 4 * width * element * p.block_h if p.tier != "single" else 0
     reads = 0 if p.tier == "single" else p.n_blocks * shape.B * depth // p.parts * element
     if p.parts > 1:
         reads += p.n_blocks * p.parts * p.block_h * shape.B * 8  # partial sums and their turns
     l2_bytes = round(reads + streamed * p.n_blocks * p.n_tiles)
-    gates, cells, h = 4 * width * element, 4 * width, width * element
     memory_bytes = shape.B * (2 * gates + cells + h if direction == "forward" else 2 * gates + 2 * cells + h)
     multiply_adds = 4 * shape.B * shape.H * shape.H
-    rate = device.fma_per_clock * (1.0 if element == 2 else 0.5) * device.clock_ghz * 1e3 * device.sms
     hand_off = 0.0 if p.protocol == "none" else device.constants.flag_us
     floor = max(memory_bytes / device.memory_bytes_per_us, multiply_adds / rate) + hand_off
     return Report(p, l2_bytes, memory_bytes, multiply_adds, floor, counts(p, device) if compiled else {})
 
 
-def counts(p: RecurrentPlan, device: Device) -> dict[str, Any]:
+def counts(p: RecurrentPlan | OneStepPlan, device: Device) -> dict[str, Any]:
     """Registers and shared memory of a plan's kernel, and what stands in its loops."""
-    launch = inspect_kernels.recurrent_launch(p)
+    if isinstance(p, OneStepPlan):
+        launch = inspect_kernels.one_step_launch(p)
+    else:
+        launch = inspect_kernels.recurrent_launch(p)
     configuration = inspect_kernels.Configuration(launch, p, p.dtype, device)
     compiled = inspect_kernels.compile_launch(launch, device.arch)
     code, _ = inspect_kernels.read_code(compiled, launch)
@@ -150,16 +165,22 @@ def text(shape: Shape, device: Device, reports: dict[str, Report]) -> str:
         rows.append((name, [str(value) for value in values]))
 
     found = list(reports.values())
+
+    def of_many(tell: Callable[[RecurrentPlan], str], alone: str = "-") -> list[str]:
+        return [alone if isinstance(r.plan, OneStepPlan) else tell(r.plan) for r in found]
+
     add("", list(reports))
-    add("tier, exchange", [f"{r.plan.tier}, {r.plan.protocol}" for r in found])
-    add("blocks x groups", [f"{r.plan.n_blocks} x {r.plan.n_groups}" for r in found])
+    add("tier, exchange", of_many(lambda p: f"{p.tier}, {p.protocol}", "one launch"))
+    grids = (r.plan.grid if isinstance(r.plan, OneStepPlan) else (r.plan.n_blocks, r.plan.n_groups) for r in found)
+    add("blocks x groups", [f"{blocks} x {groups}" for blocks, groups in grids])
     add("units x sequences a block", [f"{r.plan.block_h} x {r.plan.block_b}" for r in found])
-    add("chunks of w_hh on chip", [f"{r.plan.resident} of {r.plan.chunks}" for r in found])
+    add("chunks of w_hh on chip", of_many(lambda p: f"{p.resident} of {p.chunks}"))
     add("bytes from L2 a step", [f"{r.l2_bytes:,}" for r in found])
     add("bytes of memory a step, least", [f"{r.memory_bytes:,}" for r in found])
     add("multiply-adds a step", [f"{r.multiply_adds:,}" for r in found])
     for part in dataclasses.fields(plan.StepCost):
-        add(f"predicted us: {part.name}", [f"{getattr(r.plan.cost, part.name):.3f}" for r in found])
+        name = part.name
+        add(f"predicted us: {name}", of_many(lambda p, name=name: f"{getattr(p.cost, name):.3f}"))  # type: ignore[misc]
     add("predicted us a step, all tiles", [f"{r.plan.us_per_step:.2f}" for r in found])
     add("floor us a step", [f"{r.floor_us:.2f}" for r in found])
     if all(r.counts for r in found):
