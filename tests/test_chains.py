@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_kernels import CUDA, DEVICE, DTYPES, NAMES, Problem, assert_within_budget, kernels
+from test_kernels import CUDA, DEVICE, DTYPES, NAMES, Problem, assert_within_budget, kernels, shared_out
 from torch import Tensor
 
 import tritlstm
@@ -77,10 +77,9 @@ PATHS: dict[str, tuple[tuple[int, int, int, int, int], int, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-@pytest.mark.parametrize(("sizes", "reversed", "options"), PATHS.values(), ids=PATHS.keys())
-@pytest.mark.parametrize("with_lengths", [False, True], ids=["", "lengths"])
-def test_results_and_all_gradients_are_within_budget(sizes, reversed, options, dtype, with_lengths):
+@pytest.mark.parametrize(("path", "dtype", "with_lengths"), shared_out(PATHS, lengths=True))
+def test_results_and_all_gradients_are_within_budget(path, dtype, with_lengths):
+    (sizes, reversed, options), dtype = PATHS[path], DTYPES[dtype]
     count, t, b, *_ = sizes
     lengths = [(3 * k + 1) % (t + 1) for k in range(b)] if with_lengths else None
     pairs, whole = [], []

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from test_kernels import CUDA, DEVICE, DTYPES, kernels
+from test_kernels import CUDA, DEVICE, DTYPES, kernels, shared_out
 from torch import Tensor
 
 import tritlstm
@@ -127,13 +126,7 @@ PATHS: dict[str, tuple[tuple[int, int, int, int, int], dict[str, Any]]] = {
 }
 
 
-def shared_out(paths: dict[str, Any], whole: Sequence[str]) -> list[Any]:
-    """(path, dtype, with lengths): ``whole`` dtypes on every path; with lengths one each, the dtypes taking turns."""
-    plain = [(path, dtype, False) for path in paths for dtype in whole]
-    return plain + [(path, list(DTYPES)[k % len(DTYPES)], True) for k, path in enumerate(paths)]
-
-
-@pytest.mark.parametrize(("path", "dtype", "with_lengths"), shared_out(PATHS, list(DTYPES)))
+@pytest.mark.parametrize(("path", "dtype", "with_lengths"), shared_out(PATHS, lengths=True))
 def test_results_and_all_gradients_are_within_budget(path, dtype, with_lengths):
     (sizes, options), dtype = PATHS[path], DTYPES[dtype]
     _, t, b, _, h = sizes
@@ -152,7 +145,7 @@ PIPELINES: dict[str, tuple[tuple[int, int, int, int, int], int, dict[str, Any]]]
 }
 
 
-@pytest.mark.parametrize(("path", "dtype", "with_lengths"), shared_out(PIPELINES, ["fp32", "bf16"]))
+@pytest.mark.parametrize(("path", "dtype", "with_lengths"), shared_out(PIPELINES, lengths=True))
 def test_a_pipeline_is_within_budget(path, dtype, with_lengths):
     (sizes, chunks, options), dtype = PIPELINES[path], DTYPES[dtype]
     _, t, b, _, h = sizes

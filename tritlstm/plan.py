@@ -525,9 +525,9 @@ def _most_cells(problem: _Problem, tier: str, block_b: int) -> float:
         if problem.direction == "backward" and problem.element == 4 and problem.device.matrix_rows > 16:
             return 4 if block_b <= 16 else 0  # 8 spill 8 bytes for sm_90
         return 8 if problem.direction == "forward" or block_b <= 16 else 0
-    if problem.stacked or problem.normed:
-        return 2
     backward = problem.direction == "backward"
+    if problem.stacked or problem.normed or (tier == "step" and backward):
+        return 2  # of a step at H=4096, 4 spill 8 bytes for sm_90
     if TRITON >= (3, 9) and problem.chains > 1 and backward:
         return 2  # 4 spill 16 bytes for sm_90 at H=1536
     if backward and _without_wgmma(problem.device):
