@@ -520,8 +520,8 @@ def _most_cells(problem: _Problem, tier: str, block_b: int) -> float:
         if problem.chains > 1 and problem.direction == "forward" and problem.device.matrix_rows > 16 and not TUNED:
             return 4  # 8 spill 8 to 24 bytes for sm_90
         if problem.direction == "backward" and problem.pieces > 1:
-            # 4 spill 8 bytes for sm_80, and 2 beside another chain 8 to 24.
-            return 0 if problem.chains > 1 else 2 if problem.device.matrix_rows == 16 else 4
+            # 4 spill 8 bytes for sm_80, of tiles of 32 up to 16 for sm_90, and 2 beside another chain 8 to 24.
+            return 0 if problem.chains > 1 else 2 if problem.device.matrix_rows == 16 or block_b > 16 else 4
         if problem.direction == "backward" and problem.element == 4 and problem.device.matrix_rows > 16:
             return 4 if block_b <= 16 else 0  # 8 spill 8 bytes for sm_90
         return 8 if problem.direction == "forward" or block_b <= 16 else 0
@@ -532,7 +532,7 @@ def _most_cells(problem: _Problem, tier: str, block_b: int) -> float:
         return 2  # 4 spill 16 bytes for sm_90 at H=1536
     if backward and _without_wgmma(problem.device):
         return 2  # 4 spill 8 to 16 bytes for sm_80
-    if problem.chains > 1 and problem.element == 4 and problem.device.matrix_rows > 16:
+    if problem.element == 4 and problem.device.matrix_rows > 16 and (tier == "persistent" or problem.chains > 1):
         return 2  # 4 spill 8 to 48 bytes for sm_90
     return 2 if problem.element == 4 and (few or backward) else 4
 
@@ -605,8 +605,8 @@ def _feasible(
         from_shared = device.matrix_rows > 16
         received = RECEIVED_REGISTERS / (1 if cells <= 2 else 2 if tier == "persistent" and from_shared else 4)
         received /= matrices  # two loops' worth of addresses are held
-        if TRITON < (3, 7) and problem.stacked and not forward:
-            received /= 2  # else 16 bytes spill for sm_90
+        if problem.stacked and not forward and (TRITON < (3, 7) or (from_shared and cells > 1)):
+            received /= 2  # else 16 to 56 bytes spill for sm_90
         if problem.precision == "tf32" and from_shared and cells >= 2:
             received /= 4  # beside weights that pass through registers to be rounded, else 8 to 88 bytes spill
         if problem.normed and forward and _scalar_products(problem):
