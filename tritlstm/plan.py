@@ -526,6 +526,8 @@ def _most_cells(problem: _Problem, tier: str, block_b: int) -> float:
             return 4 if block_b <= 16 else 0  # 8 spill 8 bytes for sm_90
         return 8 if problem.direction == "forward" or block_b <= 16 else 0
     backward = problem.direction == "backward"
+    if problem.stacked and backward and problem.element == 4 and problem.device.matrix_rows > 16:
+        return 1  # 2 spill up to 100 bytes for sm_90
     if problem.stacked or problem.normed or (tier == "step" and backward):
         return 2  # of a step at H=4096, 4 spill 8 bytes for sm_90
     if TRITON >= (3, 9) and problem.chains > 1 and backward:
@@ -607,7 +609,7 @@ def _feasible(
         received /= matrices  # two loops' worth of addresses are held
         if problem.stacked and not forward and (TRITON < (3, 7) or (from_shared and cells > 1)):
             received /= 2  # else 16 to 56 bytes spill for sm_90
-        if problem.precision == "tf32" and from_shared and cells >= 2:
+        if problem.precision == "tf32" and from_shared and (cells >= 2 or (problem.stacked and not forward)):
             received /= 4  # beside weights that pass through registers to be rounded, else 8 to 88 bytes spill
         if problem.normed and forward and _scalar_products(problem):
             received = 0  # one at a time, else 8 bytes spill for sm_90
@@ -1170,7 +1172,7 @@ def one_step(
             us = (us + known.cell_us * (0.5 + 0.25 * cells)) * math.ceil(grid[0] * grid[1] / device.sms)
             # Rows that do not begin at 16 bytes are loaded element by element, each with an address of its own.
             ragged = features * element % 16 != 0 or hidden * element % 16 != 0
-            registers = (CHUNK_REGISTERS if cells <= 2 else CHUNK_REGISTERS * 3 // 4) // (3 if ragged else 1)
+            registers = CHUNK_REGISTERS // (1 if cells <= 2 else 2) // (3 if ragged else 1)
             most = min(registers * 128 * warps, device.shared_bytes // 6)
             block_k = 1 << (most // ((rows + block_b) * element)).bit_length() - 1
             block_k = 32 if scalar else max(16, min(block_k, _power_of_two(max(features, hidden), 16)))
