@@ -52,8 +52,8 @@ def one_step(
 ):
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     EXACT: tl.constexpr = dtype == tl.float32
-    unit_begin = tl.program_id(0) * BLOCK_H
-    batch_begin = tl.program_id(1) * BLOCK_B
+    batch_begin = tl.program_id(0) * BLOCK_B
+    unit_begin = tl.program_id(1) * BLOCK_H
     row = tl.arange(0, 4 * BLOCK_H)
     unit = unit_begin + layout.unit_of_product(row)
     known = unit < H

@@ -351,9 +351,10 @@ def test_reasons_against_a_tier(length: int, hidden: int, tier: str, words: str)
 def test_one_step_covers_every_cell_and_fits(problem: tuple[Any, ...], features: int) -> None:
     _, _, batch, hidden, dtype, device, precision = problem
     p = plan.one_step(batch, features, hidden, dtype, device, precision)
-    (blocks, tiles), element = p.grid, dtype.itemsize
+    (tiles, blocks), element = p.grid, dtype.itemsize
     assert (blocks - 1) * p.block_h < plan.padded(hidden) <= blocks * p.block_h
     assert (tiles - 1) * p.block_b < batch <= tiles * p.block_b
+    assert blocks <= 65535  # CUDA's second dimension, where the first has 2**31 - 1
     assert p.stages * (4 * p.block_h + p.block_b) * p.block_k * element <= device.shared_bytes
     assert p.block_h * p.block_b <= plan.MOST_CELLS_AT_ONCE * p.num_warps * device.warp_size
     assert p.block_k >= 16
@@ -362,14 +363,14 @@ def test_one_step_covers_every_cell_and_fits(problem: tuple[Any, ...], features:
 
 def test_one_step_of_few_sequences_has_many_blocks() -> None:
     h100 = plan.DEVICES["sm_90"]
-    assert plan.one_step(1, 512, 512, FP16, h100).grid == (128, 1)
+    assert plan.one_step(1, 512, 512, FP16, h100).grid == (1, 128)
     few, many = plan.one_step(16, 1024, 1024, FP16, h100), plan.one_step(4096, 1024, 1024, FP16, h100)
     assert (few.block_h, few.block_b) < (many.block_h, many.block_b)
     # Both products and nothing twice: weights and states, 2048 values for each of 32 rows and one sequence.
     assert few.grid[0] * few.grid[1] <= h100.sms
     one = plan.one_step(1, 1024, 1024, FP16, h100)
     read = 33 * 2048 * 2
-    assert (one.block_h, one.grid) == (8, (128, 1))
+    assert (one.block_h, one.grid) == (8, (1, 128))
     assert one.us_per_step == pytest.approx(0.108 + max(read / 46.7e3, 128 * read / 4.76e6) + 0.524 * (0.5 + 0.25 * 2))
 
 

@@ -1092,7 +1092,7 @@ class OneStepPlan:
     block_k: int
     num_warps: int
     stages: int
-    grid: tuple[int, int]
+    grid: tuple[int, int]  # batch tiles, of which there may be more than CUDA's second dimension holds, and blocks
     save: bool
     us_per_step: float  # predicted, of the launch
     max_registers: int | None = None
@@ -1132,8 +1132,8 @@ class OneStepPlan:
     def describe(self) -> str:
         """One line: tiles."""
         return (
-            f"one launch for both products and the cell, {self.grid[0]} blocks of {self.block_h} units x "
-            f"{self.grid[1]} batch tiles of {self.block_b}, {self.num_warps} warps"
+            f"one launch for both products and the cell, {self.grid[1]} blocks of {self.block_h} units x "
+            f"{self.grid[0]} batch tiles of {self.block_b}, {self.num_warps} warps"
         )
 
 
@@ -1159,7 +1159,7 @@ def one_step(
             cells = block_h * block_b / (warps * device.warp_size)
             if cells > MOST_CELLS_AT_ONCE or (block_b > 16 and block_b >= 2 * _power_of_two(batch, 16)):
                 continue
-            grid = (-(-padded(hidden) // block_h), -(-batch // block_b))
+            grid = (-(-batch // block_b), -(-padded(hidden) // block_h))
             blocks = min(grid[0] * grid[1], device.sms)
             read = (rows + min(batch, block_b)) * (features + hidden) * element
             rate = 32.0 if scalar else device.fma_per_clock * (1 if element == 2 else 0.5)

@@ -106,7 +106,7 @@ def report(shape: Shape, direction: str, device: Device, compiled: bool = True) 
     gates, cells, h = 4 * width * element, 4 * width, width * element
     rate = device.fma_per_clock * (1.0 if element == 2 else 0.5) * device.clock_ghz * 1e3 * device.sms
     if isinstance(p, OneStepPlan):
-        (blocks, tiles), depth = p.grid, shape.D + shape.H
+        (tiles, blocks), depth = p.grid, shape.D + shape.H
         l2_bytes = (tiles * 4 * shape.H + blocks * shape.B) * depth * element
         # Weights, x, h0 and c0 in; gates, cells, out, h_n and c_n out.
         memory_bytes = (4 * shape.H + shape.B) * depth * element + shape.B * (gates + cells + 4 * h)
@@ -171,8 +171,8 @@ def text(shape: Shape, device: Device, reports: dict[str, Report]) -> str:
 
     add("", list(reports))
     add("tier, exchange", of_many(lambda p: f"{p.tier}, {p.protocol}", "one launch"))
-    grids = (r.plan.grid if isinstance(r.plan, OneStepPlan) else (r.plan.n_blocks, r.plan.n_groups) for r in found)
-    add("blocks x groups", [f"{blocks} x {groups}" for blocks, groups in grids])
+    alone = [f"{r.plan.grid[1]} x {r.plan.grid[0]}" for r in found if isinstance(r.plan, OneStepPlan)]
+    add("blocks x groups", of_many(lambda p: f"{p.n_blocks} x {p.n_groups}", *alone))
     add("units x sequences a block", [f"{r.plan.block_h} x {r.plan.block_b}" for r in found])
     add("chunks of w_hh on chip", of_many(lambda p: f"{p.resident} of {p.chunks}"))
     add("bytes from L2 a step", [f"{r.l2_bytes:,}" for r in found])
