@@ -83,6 +83,11 @@ def settings() -> Iterator[Setting]:
         for poll in (1, 2):
             yield Setting(direction, 16, 1024, half, (("block_h", 16), ("poll", poll)))
         yield Setting(direction, 16, 1024, half, (("tier", "streaming"),))
+        # Which weights lie in registers, and how large teams are: alike in all else.
+        for batch, hidden in ((16, 768), (32, 1024)):
+            yield Setting(direction, batch, hidden, half, (("held", 0),))
+            if direction == "backward":
+                yield Setting(direction, batch, hidden, half, (("held", 0), ("parts", 4)))
         # So many blocks that the whole L2 is the limit.
         yield Setting(direction, 128, 512, half, (("block_h", 16),))
         yield Setting(direction, 128, 1024, half, (("block_h", 16),))

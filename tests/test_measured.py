@@ -205,8 +205,8 @@ def test_a_measurement_survives_its_file(tmp_path):
 
 
 def test_the_cost_model_says_where_its_numbers_come_from(tmp_path):
-    assert str(measured.DATA_SHEET) == "data-sheet rates and estimates; nothing measured on this device"
-    assert str(REAL.constants) == (
+    assert str(REAL.constants) == "data-sheet rates and estimates; nothing measured on this device"
+    assert str(measured.HOPPER) == (
         "data-sheet rates and constants fitted to an H200 on 2026-11-27; nothing measured on this device"
     )
     path = write(tmp_path / "a.json")
