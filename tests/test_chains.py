@@ -68,6 +68,7 @@ PATHS: dict[str, tuple[tuple[int, int, int, int, int], int, dict[str, Any]]] = {
         (2, 3, 20, 5, 40), 1,
         {"tier": "persistent", "protocol": "counter", "block_h": 16, "block_b": 16, "sms": 24, "at_once": 2},
     ),
+    "teams of eight": ((2, 3, 18, 5, 48), 1, {"tier": "persistent", "parts": 8, "sms": 16}),
     "without PTX": ((2, 3, 5, 4, 24), 1, {"tier": "persistent", "amd": True}),
     "a block each": ((3, 4, 5, 7, 9), 0, {"tier": "single"}),
     "more than fit": ((5, 4, 4, 4, 8), 2, {"tier": "single", "sms": 3}),

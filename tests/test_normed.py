@@ -133,6 +133,7 @@ PATHS: dict[str, tuple[tuple[int, int, int, int], dict[str, Any]]] = {
     "several groups": ((3, 20, 5, 37), PERSISTENT | {"sms": 8}),
     "several tiles a group": ((3, 33, 5, 24), PERSISTENT | {"sms": 4}),
     "two teams": ((2, 3, 5, 70), PERSISTENT | {"sms": 8}),
+    "two teams of eight": ((2, 18, 5, 80), {"tier": "persistent", "parts": 8, "sms": 16}),
     "32 units x 32 sequences": ((3, 33, 5, 70), {"tier": "persistent", "block_h": 32, "block_b": 32, "sms": 6}),
     "streaming": ((3, 3, 7, 150), STREAMING),
     "streaming, counter": ((3, 3, 7, 150), STREAMING | {"protocol": "counter"}),

@@ -122,6 +122,7 @@ PATHS: dict[str, tuple[tuple[int, int, int, int, int], dict[str, Any]]] = {
     "counter": ((2, 3, 20, 5, 40), {"protocol": "counter", "block_h": 16, "block_b": 16, "sms": 32}),
     "without PTX": ((2, 3, 5, 4, 24), {"amd": True, "sms": 12}),
     "counter, without PTX": ((2, 3, 5, 4, 24), {"protocol": "counter", "amd": True, "sms": 12}),
+    "teams of eight": ((2, 3, 5, 4, 48), {"parts": 8, "sms": 16}),
     "B=1": ((4, 5, 1, 3, 16), {"sms": 24}),
 }
 
