@@ -528,8 +528,8 @@ def _most_cells(problem: _Problem, tier: str, block_b: int) -> float:
     backward = problem.direction == "backward"
     if problem.stacked and backward and problem.element == 4 and problem.device.matrix_rows > 16:
         return 1  # 2 spill up to 100 bytes for sm_90
-    if problem.stacked or problem.normed or (tier == "step" and backward):
-        return 2  # of a step at H=4096, 4 spill 8 bytes for sm_90
+    if problem.stacked or problem.normed or (tier == "step" and (backward or problem.pieces > 1)):
+        return 2  # of a step, 4 spill 8 bytes for sm_90
     if TRITON >= (3, 9) and problem.chains > 1 and backward:
         return 2  # 4 spill 16 bytes for sm_90 at H=1536
     if backward and _without_wgmma(problem.device):
@@ -572,6 +572,8 @@ def _feasible(
     cells = block_h * block_b / threads
     if cells > _most_cells(problem, tier, block_b) or (held and cells > 2):
         return
+    if problem.normed and parts == 8 and cells > 1 and device.arch != "emulated":
+        return  # 8 to 160 bytes spill for sm_90
     if _without_wgmma(device):
         if problem.normed and (stages > 1 or (tier == "persistent" and block_h > 16)):
             return  # 8 to 48 bytes spill for sm_80
