@@ -381,6 +381,8 @@ def _block_k(problem: _Problem, depth: int, tier: str, block_b: int, threads: in
     received = {chunk: chunk * block_b * problem.element / 4 / threads for chunk in chunks}
     # Without wgmma, the operands of a product pass through registers as well.
     most = RECEIVED_REGISTERS / (2 if problem.device.matrix_rows > 16 else 4) / (2 if problem.stacked else 1)
+    if _without_wgmma(problem.device) and problem.direction == "backward":
+        most /= 2  # else 8 to 16 bytes spill for sm_80
     chunks = [chunk for chunk in chunks if received[chunk] <= most] or chunks[-1:]
     if problem.precision == "tf32" and chunks[0] * problem.element == 1024:
         chunks = chunks[1:] or chunks  # of weights that are rounded on their way in, up to 104 bytes spill
@@ -519,6 +521,8 @@ def _most_cells(problem: _Problem, tier: str, block_b: int) -> float:
             return 2
         if problem.chains > 1 and problem.direction == "forward" and problem.device.matrix_rows > 16 and not TUNED:
             return 4  # 8 spill 8 to 24 bytes for sm_90
+        if problem.chains > 1 and problem.direction == "backward" and _without_wgmma(problem.device):
+            return 2  # 4 spill 8 bytes for sm_80
         if problem.direction == "backward" and problem.pieces > 1:
             # 4 spill 8 bytes for sm_80, of tiles of 32 up to 16 for sm_90, and 2 beside another chain 8 to 24.
             return 0 if problem.chains > 1 else 2 if problem.device.matrix_rows == 16 or block_b > 16 else 4
