@@ -11,7 +11,10 @@ import tritlstm
 
 pytestmark = pytest.mark.cuda
 
-SIZES = {"single": (40, 48, 24, 64), "persistent": (60, 16, 32, 256), "many blocks": (30, 32, 40, 768)}
+SIZES = {
+    "single": (40, 48, 24, 64), "persistent": (60, 16, 32, 256), "many blocks": (30, 32, 40, 768),
+    "one step": (1, 48, 24, 256),
+}  # fmt: skip
 
 
 def problem(sizes: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[tritlstm.LSTM, Tensor]:
