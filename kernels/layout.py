@@ -114,3 +114,11 @@ def in_registers(weights):
     nothing = tl.zeros((weights.shape[0], 16), weights.dtype)
     sum = tl.dot(nothing, tl.zeros((16, weights.shape[1]), weights.dtype), weights.to(tl.float32))
     return sum.to(weights.dtype)
+
+
+@triton.jit
+def kept(weights, HELD: tl.constexpr):
+    """Operands of a product, a tuple, as they are kept for the time loop: ``HELD`` in registers, or as they are."""
+    if HELD:
+        weights = (in_registers(weights[0]),)
+    return weights

@@ -249,10 +249,7 @@ def recurrent_backward(
         for j in tl.static_range(RESIDENT):
             k = depth_begin + j * BLOCK_K
             piece = _weight_chunk(w_ptr, team_begin, k, depth_end, H, HX, ROWS, BLOCK_K, PRECISION)
-            if j < HELD:
-                weights = weights + ((layout.in_registers(piece[0]),),)
-            else:
-                weights = weights + (piece,)
+            weights = weights + (layout.kept(piece, j < HELD),)
             if (j + 1) % PROLOGUE == 0:
                 # Else the compiler issues the loads of all chunks at once and runs out of registers.
                 tl.debug_barrier()

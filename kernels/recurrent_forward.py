@@ -191,10 +191,7 @@ def recurrent_forward(
         for j in tl.static_range(RESIDENT):
             k = j * BLOCK_K + tl.arange(0, BLOCK_K)
             piece = _weight_chunk(w_ptr, unit_begin, k, H, HX, BLOCK_H, PRECISION)
-            if j < HELD:
-                weights = weights + ((layout.in_registers(piece[0]),),)
-            else:
-                weights = weights + (piece,)
+            weights = weights + (layout.kept(piece, j < HELD),)
             if (j + 1) % PROLOGUE == 0:
                 # Else the compiler issues the loads of all chunks at once and runs out of registers.
                 tl.debug_barrier()

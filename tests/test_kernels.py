@@ -382,7 +382,6 @@ def test_the_recurrent_products_of_few_units_lose_nothing_to_tf32(options, monke
 
 @pytest.mark.skipif(CUDA, reason="the pretended TF32 is the emulator's")
 def test_more_units_are_multiplied_as_tf32_where_that_is_allowed():
-    """And rounded to nearest where the weights are: all of them cut off err by about twice as much."""
     allowed = recurrent_errors(80, tier="persistent", tf32=True)
     assert 2e-5 < allowed["out"] < 1e-3
     assert recurrent_errors(80, tier="persistent")["out"] < 1e-6

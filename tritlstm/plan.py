@@ -431,9 +431,8 @@ def _teams(problem: _Problem, tier: str) -> tuple[tuple[int, int], ...]:
     if _scalar_products(problem):
         return ((16, 4),)
     # The emulator would run twice as many processes for nothing.
-    emulated = problem.device.arch == "emulated" and problem.parts != 8
-    fit = problem.device.matrix_rows > 16 and not emulated and (TUNED or problem.device.arch == "emulated")
-    eights = ((8, 8), (16, 8)) if fit else ()
+    wanted = problem.parts == 8 if problem.device.arch == "emulated" else TUNED
+    eights = ((8, 8), (16, 8)) if wanted and problem.device.matrix_rows > 16 else ()
     return ((16, 4), (32, 2), (32, 4), *eights)
 
 
