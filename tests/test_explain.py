@@ -455,3 +455,14 @@ def test_what_runs_together_under_autocast_is_planned_by_its_dtype(taken: Taken)
         assert "wavefront" in str(told)
         assert [launch.constants["CHAINS"] for launch in taken.of("recurrent_forward")] == [2]
         assert "wavefront" not in str(tritlstm.explain(module, x))
+
+
+def test_overrides_are_not_ignored_where_a_single_step_would_be_one_launch(taken: Taken) -> None:
+    module, x = lstm(), torch.randn(1, B, D)
+    with emulator.emulate(sms=12, block_h=32):
+        (forward, *_) = tritlstm.explain(module, x).kernels
+        module(x)
+    assert isinstance(forward.chosen, plan.RecurrentPlan)
+    assert forward.chosen.block_h == 32
+    assert [launch.constants["BLOCK_H"] for launch in taken.of("recurrent_forward")] == [32]
+    assert not taken.of("one_step")

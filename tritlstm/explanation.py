@@ -357,7 +357,7 @@ def _kernel_runs(
     overrides = {} if emulation is None else emulation.overrides
     precision = plan.dot_precision(torch.empty(0, dtype=dtype))
     normed = "layer_norm" in beyond
-    at_once = length == 1 and not beyond and not _folds(module) and "tier" not in overrides
+    at_once = length == 1 and not beyond and not _folds(module) and not overrides
 
     def choices(chains: int, width: int, stacked: bool = False) -> tuple[KernelChoice, ...]:
         found = []
