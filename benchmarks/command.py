@@ -12,11 +12,12 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cases import SUITES, Case, suite
+from .cases import PASSES, SUITES, Case, suite
 
 if TYPE_CHECKING:
     from .device import Device
     from .floor import Limits
+    from .providers import Provider
     from .rows import Row, Store
     from .session import Reporter
 
@@ -67,6 +68,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads", type=_count, help="CPU threads torch may use; default: torch's own choice"
     )
     parser.add_argument(
+        "--compile-jobs",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="before anything is timed on a GPU, compile what tritlstm will run in N processes",
+    )
+    parser.add_argument(
         "--handoff-us",
         type=_seconds,
         metavar="US",
@@ -100,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
         if args.list:
             return _list(args)
         if args.calibrate is not None:
-            return _calibrate(args.calibrate)
+            return _calibrate(args.calibrate, args.compile_jobs)
         return _bench(args)
     except (_UsageError, OSError) as error:
         print(f"tritlstm bench: {error}", file=sys.stderr)
@@ -169,10 +177,16 @@ def _list(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _calibrate(asked: str) -> int:
+def _calibrate(asked: str, jobs: int) -> int:
+    import torch
+
     from .. import measured, plan
     from . import calibrate
 
+    if jobs > 1 and torch.cuda.is_available():
+        from . import ahead
+
+        ahead.compile_ahead(ahead.run_setting, list(calibrate.settings()), jobs)
     try:
         found, measurement = calibrate.calibrate()
     except (RuntimeError, ValueError) as error:
@@ -211,6 +225,8 @@ def _bench(args: argparse.Namespace) -> int:
 
     if hint := device_module.busy(device):
         print(hint)
+    if args.compile_jobs > 1 and device.kind == "gpu":
+        _compile_ahead(cases, providers, store, args.compile_jobs)
     effort = Effort(budget_ms=80.0, rounds=5, fewest=5) if args.quick else efforts[name]
     status = EXIT_OK
     with device_module.settings(device), _reporter() as reporter:
@@ -245,6 +261,16 @@ def _bench(args: argparse.Namespace) -> int:
         print(f"tritlstm failed its check in {len(wrong)} rows, first: {wrong[0]['case']} {wrong[0]['pass']}")
         status = EXIT_WRONG
     return status
+
+
+def _compile_ahead(cases: list[Case], providers: list[Provider], store: Store, jobs: int) -> None:
+    """What `Session.run` will want of tritlstm; nothing where it is left out or has all its rows."""
+    from . import ahead
+
+    ours = [provider for provider in providers if provider.name == "tritlstm"]
+    left = [case for case in cases if any((case.name, p.name, w) not in store.finished for p in ours for w in PASSES)]
+    if left:
+        ahead.compile_ahead(ahead.run_case, left, jobs)
 
 
 def _ours_is_wrong(row: Row) -> bool:

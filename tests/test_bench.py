@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from tritlstm import reference
-from tritlstm.benchmarks import cases as cases_module
 from tritlstm.benchmarks import (
+    ahead,
     command,
     device,
     floor,
@@ -36,6 +36,7 @@ from tritlstm.benchmarks import (
     session,
     timing,
 )
+from tritlstm.benchmarks import cases as cases_module
 from tritlstm.benchmarks.cases import PASSES, Case, suite
 
 CPU = torch.device("cpu")
@@ -1000,6 +1001,43 @@ def test_limits_are_bytes_and_operations_over_the_best_time():
     assert limits.bandwidth == pytest.approx(2 * (128 << 20) / 0.125e-3)
     assert limits.rate == pytest.approx(2 * 512**3 / 0.125e-3)
     assert (limits.handoff_us, limits.shared_us, limits.cache_bytes) == (0, 0, 7)
+
+
+def test_compiling_ahead_says_what_failed_and_goes_on():
+    said: list[str] = []
+    assert ahead.compile_ahead(math.sqrt, [4.0, -1.0, 9.0], 2, said.append) == 1
+    assert "in 2 processes" in said[0]
+    assert "1 failed, first: ValueError: math domain error" in said[0]
+    # os._exit ends a process as a crash would.
+    assert ahead.compile_ahead(os._exit, [3], 2, said.append) == 1
+    assert "1 failed, first: a process died" in said[1]
+    assert ahead.compile_ahead(math.sqrt, [], 2, said.append) == 0
+
+
+def test_a_case_is_run_ahead_in_both_passes(monkeypatch):
+    ran = []
+
+    def results(runner: providers.Runner, given: problem.Problem, which: str) -> None:
+        ran.append((type(runner).__name__, which, gate.results(runner, given, which)["out"].shape))
+
+    monkeypatch.setattr(ahead, "results", results)
+    ahead.run_case(SMALL, "cpu")
+    name = type(providers.PROVIDERS["tritlstm"].build(problem.make(SMALL, CPU))).__name__
+    assert ran == [(name, which, (SMALL.T, SMALL.B, SMALL.H)) for which in PASSES]
+
+
+def test_only_what_is_left_to_run_is_compiled_ahead(monkeypatch, tmp_path):
+    given = []
+    monkeypatch.setattr(ahead, "compile_ahead", lambda work, items, jobs: given.append((work, items, jobs)))
+    store = make_session(tmp_path / "rows.jsonl").store
+    for which in PASSES:
+        store.append({"case": SMALL.name, "provider": "tritlstm", "pass": which, "status": "ok"})
+    store.append({"case": DEEP.name, "provider": "tritlstm", "pass": "fwd", "status": "ok"})
+    command._compile_ahead([SMALL, DEEP, RESETS], providers.choose(["tritlstm", "torch"]), store, 3)
+    assert given == [(ahead.run_case, [DEEP, RESETS], 3)]
+    command._compile_ahead([SMALL, DEEP], providers.choose(["torch"]), store, 3)
+    command._compile_ahead([SMALL], providers.choose(["tritlstm"]), store, 3)
+    assert len(given) == 1
 
 
 @pytest.mark.cuda
