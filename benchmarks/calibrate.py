@@ -26,6 +26,8 @@ from ..kernels.launch import Launch
 #: What is fitted; of it, what the timings determine. The bandwidth of memory has too small a part in a step.
 FITTED = ("flag_us", "counter_us", "l2_latency_us", "sm_l2_bytes_per_us", "cell_us", "grad_us", "parts_us",
           "fence_us", "launch_us", "l2_bytes_per_us", "clock_ghz")  # fmt: skip
+#: With timings of clusters, these too.
+FITTED_OF_CLUSTERS = ("cluster_us",)
 #: Largest standard error of a constant that counts as determined: a part of it or of the data sheet's, if larger.
 DETERMINED = 0.25
 LENGTHS = (256, 768)  # the difference leaves out what a launch costs once
@@ -64,8 +66,8 @@ class Fit:
     timings: int
 
 
-def settings() -> Iterator[Setting]:
-    """Kernels that together move every term of the cost model."""
+def settings(clusters: bool = False) -> Iterator[Setting]:
+    """Kernels that together move every term of the cost model, and those in ``clusters`` if they are wanted."""
     half, single = torch.float16, torch.float32
     sizes = ((1, 64), (16, 64), (16, 128), (1, 256), (32, 256), (1, 512), (16, 512), (64, 512), (16, 768), (1, 1024),
              (32, 1024), (16, 1536), (16, 2048))  # fmt: skip
@@ -88,6 +90,12 @@ def settings() -> Iterator[Setting]:
             yield Setting(direction, batch, hidden, half, (("held", 0),))
             if direction == "backward":
                 yield Setting(direction, batch, hidden, half, (("held", 0), ("parts", 4)))
+            if direction == "backward" and clusters:
+                yield Setting(direction, batch, hidden, half, (("clustered", True),))
+        if direction == "backward" and clusters:
+            teams = ((1, 256, 8), (32, 256, 4), (16, 512, 4), (16, 512, 8), (16, 768, 4), (16, 1536, 8))
+            for batch, hidden, parts in teams:
+                yield Setting(direction, batch, hidden, half, (("clustered", True), ("parts", parts)))
         # So many blocks that the whole L2 is the limit.
         yield Setting(direction, 128, 512, half, (("block_h", 16),))
         yield Setting(direction, 128, 1024, half, (("block_h", 16),))
@@ -108,18 +116,19 @@ def fit(timings: Sequence[Timing], device: plan.Device) -> Fit:
     A constant that the timings leave open (its standard error is above `DETERMINED`) keeps its value, and the others
     are fitted again. Raises ValueError where there are fewer timings than constants.
     """
-    if len(timings) <= len(FITTED):
-        raise ValueError(f"{len(FITTED)} constants need more than {len(FITTED)} timings, got {len(timings)}")
+    fitted = FITTED + (FITTED_OF_CLUSTERS if any(t.chosen.clustered for t in timings) else ())
+    if len(timings) <= len(fitted):
+        raise ValueError(f"{len(fitted)} constants need more than {len(fitted)} timings, got {len(timings)}")
     if wrong := [t.us_per_step for t in timings if not t.us_per_step > 0]:
         raise ValueError(f"timings must be positive, got {wrong[0]}")
-    start = {name: _value(device, name) for name in FITTED}
+    start = {name: _value(device, name) for name in fitted}
     wanted = np.log([t.us_per_step for t in timings])
 
     def residuals(names: Sequence[str], logs: np.ndarray) -> np.ndarray:
         changed = _with(device, dict(zip(names, np.exp(logs).tolist(), strict=True)))
         return np.log([predicted(t.chosen, t.batch, changed) for t in timings]) - wanted
 
-    names = list(FITTED)
+    names = list(fitted)
     while True:
         # Where another limit binds at the start, nothing says that this one should move; so from lower ones too.
         starts = ({**start, "l2_bytes_per_us": start["l2_bytes_per_us"] / times} for times in (1, 2, 4))
@@ -136,7 +145,7 @@ def fit(timings: Sequence[Timing], device: plan.Device) -> Fit:
     return Fit(
         values,
         {name: float(error) for name, error in errors.items()},
-        tuple(name for name in FITTED if name not in names),
+        tuple(name for name in fitted if name not in names),
         _off(before),
         _off(rest),
         len(timings),
@@ -329,7 +338,7 @@ def calibrate(say: Callable[[str], Any] = print) -> tuple[Fit, measured.Measurem
     device = torch.device("cuda", 0)
     timings: list[Timing] = []
     seen: set[tuple[plan.RecurrentPlan, int]] = set()
-    for setting in settings():
+    for setting in settings(plan.data_sheet(0).clusters):
         timing = observe(setting, device, CudaStopwatch)
         if timing is None or (timing.chosen, timing.batch) in seen:
             continue
@@ -370,7 +379,7 @@ def driver() -> str:
 def report(found: Fit, device: plan.Device) -> str:
     """What was fitted beside the data sheet's values."""
     lines = [f"{'constant':20} {'data sheet':>12} {'fitted':>12}   standard error"]
-    for name in FITTED:
+    for name in (n for n in FITTED + FITTED_OF_CLUSTERS if n in found.constants or n in found.undetermined):
         sheet = _value(device, name)
         if name in found.constants:
             lines.append(f"{name:20} {sheet:12.4g} {found.constants[name]:12.4g}   {found.errors[name]:.2g}")

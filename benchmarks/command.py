@@ -186,7 +186,7 @@ def _calibrate(asked: str, jobs: int) -> int:
     if jobs > 1 and torch.cuda.is_available():
         from . import ahead
 
-        ahead.compile_ahead(ahead.run_setting, list(calibrate.settings()), jobs)
+        ahead.compile_ahead(ahead.run_setting, list(calibrate.settings(plan.data_sheet(0).clusters)), jobs)
     try:
         found, measurement = calibrate.calibrate()
     except (RuntimeError, ValueError) as error:

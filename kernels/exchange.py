@@ -9,7 +9,8 @@ which returns the tiles once they are complete. ``PROTOCOL`` (a constexpr) says 
              stores; the consumer re-reads the words until none is left. Each word is its own flag.
 
 Partial sums go from one block to one other, by :func:`publish_tagged` and :func:`receive_tagged`, whatever the
-protocol: each is a 64-bit word of the value and the number of its turn, so that a slot can be used again.
+protocol: each is a 64-bit word of the value and the number of its turn, so that a slot can be used again. With
+``CLUSTER`` the blocks are one cluster, and the words lie in the shared memory of the block that they are for.
 
 Every spin is bounded by ``spin_limit`` turns. A consumer that runs out reports in ``status``; NaN then takes the
 place of what is missing, and nobody waits as long again. Memory-ordering argument: README.md.
@@ -180,14 +181,15 @@ def prefetch_program():
 
 
 @triton.constexpr_function
-def store_tagged_program(pack):
+def store_tagged_program(pack, space):
     """PTX of ``publish_tagged`` for 1 or 2 words: operands, in runs of ``pack``, are results of no meaning, pointers,
-    predicates, values, tags. Two that are neighbours, as in the tile of a product, are stored at once."""
+    predicates, values, tags. Two that are neighbours, as in the tile of a product, are stored at once. ``space``: scope
+    and state space of the stores."""
     results = [f"mov.b32 ${n}, 0;" for n in range(pack)]
     if pack == 1:
         lines = [
             ".reg .pred stored;", ".reg .b64 word;", "setp.ne.s32 stored, $2, 0;", "mov.b64 word, {$3, $4};",
-            "@stored st.relaxed.gpu.global.b64 [$1], word;", *results,
+            f"@stored st.relaxed.{space}.b64 [$1], word;", *results,
         ]  # fmt: skip
     else:
         lines = [
@@ -198,9 +200,9 @@ def store_tagged_program(pack):
             "setp.ne.s32 stored, $4, 0;", "setp.ne.s32 later, $5, 0;",
             "setp.ne.and.s32 both, $4, 0, both;", "setp.ne.and.s32 both, $5, 0, both;",
             "@both bra pair;",
-            "@stored st.relaxed.gpu.global.b64 [$2], word;", "@later st.relaxed.gpu.global.b64 [$3], next;",
+            f"@stored st.relaxed.{space}.b64 [$2], word;", f"@later st.relaxed.{space}.b64 [$3], next;",
             "bra end;",
-            "pair:", "st.relaxed.gpu.global.v2.b64 [$2], {word, next};",
+            "pair:", f"st.relaxed.{space}.v2.b64 [$2], {{word, next}};",
             "end:", *results,
         ]  # fmt: skip
     return "{\n" + "\n".join(lines) + "\n}"
@@ -212,12 +214,12 @@ def store_tagged_constraints(pack):
 
 
 @triton.constexpr_function
-def poll_tagged_program(count, pack, stride):
+def poll_tagged_program(count, pack, stride, space):
     """PTX of one thread's part of ``receive_tagged``: reads its ``pack`` words of ``count`` tiles until all came.
 
     Operands, in runs of ``pack``: the words of all tiles; a word without use; pointers to the words of the first tile,
     the others lie ``stride`` bytes apart; then whether to wait, the tag, pointers to the mark of a time-out and to the
-    status record, the step, and the limit.
+    status record, the step, and the limit. ``space``: scope and state space of the words.
     """
 
     def word(tile, n):
@@ -227,7 +229,7 @@ def poll_tagged_program(count, pack, stride):
         return f"${(count + 1 + which) * pack + n}"
 
     def read(tile, n, guard=""):
-        return f"{guard}ld.relaxed.gpu.global.b64 {word(tile, n)}, [{given(0, n)}+{tile * stride}];"
+        return f"{guard}ld.relaxed.{space}.b64 {word(tile, n)}, [{given(0, n)}+{tile * stride}];"
 
     tag, mark, status, step, limit = (given(which) for which in range(2, 7))
     words = [(tile, n) for n in range(pack) for tile in range(count)]
@@ -257,6 +259,28 @@ def poll_tagged_program(count, pack, stride):
 def poll_tagged_constraints(count, pack):
     kinds = ["=&l"] * count + ["l", "l", "r", "r", "l", "l", "r", "r"]
     return ",".join(kind for kind in kinds for _ in range(pack))
+
+
+@triton.constexpr_function
+def cluster_memory_program(size, own):
+    """PTX of ``cluster_memory``: operands are the address and a block's rank in the cluster."""
+    end = "mov.b64 $0, base;" if own else "mapa.shared::cluster.u64 $0, base, $1;"
+    lines = [
+        ".reg .b64 base, bytes;", ".reg .b32 all;",
+        "mov.u64 base, global_smem;", "mov.u32 all, %dynamic_smem_size;",
+        "cvt.u64.u32 bytes, all;", "add.u64 base, base, bytes;", f"sub.u64 base, base, {size};", end,
+    ]  # fmt: skip
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+#: Scope and state space of tagged words: in memory, in the shared memory of a cluster's blocks, in a block's own.
+IN_MEMORY = tl.constexpr("gpu.global")
+IN_CLUSTER = tl.constexpr("cluster.shared::cluster")
+IN_BLOCK = tl.constexpr("cluster.shared::cta")
+#: PTX of ``meet``: operands are a result of no meaning and a word without use.
+MEET = tl.constexpr(
+    "barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\nmov.b32 $0, $1;"
+)
 
 
 @triton.constexpr_function
@@ -502,8 +526,27 @@ def receive(
 
 
 @triton.jit
-def publish_tagged(pointers, values, tag, mask, AMD: tl.constexpr, WARPS: tl.constexpr):
-    """Stores a tile of fp32 ``values`` with their ``tag`` to int64 ``pointers``."""
+def cluster_memory(rank, SIZE: tl.constexpr, OWN: tl.constexpr = False):
+    """Pointers to the last ``SIZE`` bytes of the shared memory of the cluster's blocks of these ranks, as int64: for
+    tagged words with ``CLUSTER`` alone. ``OWN``: ``rank`` is this block's, which may read there."""
+    address = tl.inline_asm_elementwise(
+        cluster_memory_program(SIZE, OWN), "=l,r", (rank,), dtype=tl.int64, is_pure=True, pack=1
+    )
+    return address.to(tl.pointer_type(tl.int64))
+
+
+@triton.jit
+def meet(rank):
+    """Waits for all blocks of the cluster. What one of them stored in another's shared memory before is there then."""
+    tl.inline_asm_elementwise(MEET, "=r,r", (rank,), dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def publish_tagged(
+    pointers, values, tag, mask, AMD: tl.constexpr, WARPS: tl.constexpr, CLUSTER: tl.constexpr = False
+):
+    """Stores a tile of fp32 ``values`` with their ``tag`` to int64 ``pointers``; with ``CLUSTER``, of
+    :func:`cluster_memory`."""
     bits = values.to(tl.int32, bitcast=True)
     if AMD:
         word = (bits.to(tl.int64) & 0xFFFFFFFF) | (tag.to(tl.int64) << 32)
@@ -511,7 +554,8 @@ def publish_tagged(pointers, values, tag, mask, AMD: tl.constexpr, WARPS: tl.con
     else:
         pack: tl.constexpr = 2 if words_a_thread(pointers.numel, WARPS) > 1 else 1
         tl.inline_asm_elementwise(
-            store_tagged_program(pack), store_tagged_constraints(pack), (pointers, mask.to(tl.int32), bits, tag),
+            store_tagged_program(pack, IN_CLUSTER if CLUSTER else IN_MEMORY), store_tagged_constraints(pack),
+            (pointers, mask.to(tl.int32), bits, tag),
             dtype=tl.int32, is_pure=False, pack=pack,
         )  # fmt: skip
 
@@ -535,12 +579,12 @@ def _missing_tagged(words, wanted, tag, COUNT: tl.constexpr):
 @triton.jit
 def receive_tagged(
     pointers, wanted, tag, mark, status, step, spin_limit,
-    SPAN: tl.constexpr, COUNT: tl.constexpr, AMD: tl.constexpr, WARPS: tl.constexpr,
+    SPAN: tl.constexpr, COUNT: tl.constexpr, AMD: tl.constexpr, WARPS: tl.constexpr, CLUSTER: tl.constexpr = False,
 ):  # fmt: skip
     """A tuple of ``COUNT`` fp32 tiles that others published with ``tag``, once every wanted element has arrived.
 
-    ``pointers`` are int64 ones to the first tile; a tile lies ``SPAN`` words after the one before. What is not
-    ``wanted`` is not waited for, and may be anything.
+    ``pointers`` are int64 ones to the first tile, with ``CLUSTER`` of the block's own :func:`cluster_memory`; a tile
+    lies ``SPAN`` words after the one before. What is not ``wanted`` is not waited for, and may be anything.
     """
     if AMD:
         words = _load_tagged(pointers, SPAN, COUNT)
@@ -560,7 +604,8 @@ def receive_tagged(
         never = tl.load(pointers, mask=tl.broadcast_to(tl.program_id(0) < 0, pointers.shape), other=0)
         pack: tl.constexpr = words_a_thread(pointers.numel, WARPS)
         words = tl.inline_asm_elementwise(
-            poll_tagged_program(COUNT, pack, 8 * SPAN), poll_tagged_constraints(COUNT, pack),
+            poll_tagged_program(COUNT, pack, 8 * SPAN, IN_BLOCK if CLUSTER else IN_MEMORY),
+            poll_tagged_constraints(COUNT, pack),
             (never, pointers, wanted.to(tl.int32), tag, mark, status, step, spin_limit),
             dtype=int64s(COUNT), is_pure=False, pack=pack,
         )  # fmt: skip

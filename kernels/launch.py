@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import triton
 from triton import knobs
+from triton.compiler import make_backend
 from triton.runtime import driver
 
 #: The module of each kernel.
@@ -59,6 +60,19 @@ def _watched(kernel: str) -> bool:
     )
 
 
+def _make_cluster(kernel: Any, blocks: int, more_bytes: int) -> None:
+    """Has a kernel that was compiled for single blocks, and has not run yet, launched in clusters of them.
+
+    Triton would give a cluster to a program (``num_ctas``); here each of its blocks is one, and PTX does the rest.
+    """
+    if kernel is None or kernel.metadata.num_ctas == blocks:
+        return
+    shared = -(-kernel.metadata.shared // 128) * 128 + more_bytes
+    kernel.metadata = kernel.metadata._replace(num_ctas=blocks, shared=shared)
+    backend = make_backend(kernel.metadata.target)
+    kernel.packed_metadata = backend.pack_metadata(kernel.metadata)
+
+
 class Compiled(dict[Any, Any]):
     """Kernels that Triton compiled for the same constants and options, by all else that it compiles for."""
 
@@ -84,6 +98,10 @@ class Launch:
     num_stages: int = 1
     cooperative: bool = False
     max_registers: int | None = None  # a thread, NVIDIA only
+    #: Blocks of a thread-block cluster, neighbours in the grid's first dimension, and bytes of shared memory that each
+    #: has behind what the compiler uses, for ``exchange.cluster_memory``.
+    cluster: int = 1
+    cluster_bytes: int = 0
     #: Kept by whoever launches the same constants and options again and again; without it, Triton looks up each launch.
     compiled: Compiled | None = dataclasses.field(default=None, compare=False, repr=False)
 
@@ -97,7 +115,8 @@ class Launch:
 
     @property
     def _choices(self) -> tuple[Any, ...]:
-        return self.kernel, self.num_warps, self.num_stages, self.cooperative, self.max_registers
+        own = self.cluster, self.cluster_bytes
+        return self.kernel, self.num_warps, self.num_stages, self.cooperative, self.max_registers, own
 
     def run(self) -> None:
         """Launches on the current CUDA device and stream."""
@@ -110,7 +129,16 @@ class Launch:
         options: dict[str, Any] = dict(self.options)
         if self.cooperative:
             options["launch_cooperative_grid"] = True
-        return kernel_function(self.kernel)[self.grid](**self.arguments, **self.constants, **options)
+        function = kernel_function(self.kernel)
+        if self.cluster > 1:
+            kernel = function.warmup(**self.arguments, **self.constants, grid=self.grid, **options)
+            _make_cluster(kernel, self.cluster, self.cluster_bytes)
+        return function[self.clusters](**self.arguments, **self.constants, **options)
+
+    @property
+    def clusters(self) -> tuple[int, ...]:
+        """The grid in clusters, as Triton's launcher counts it."""
+        return (self.grid[0] // self.cluster, *self.grid[1:])
 
     def _run_compiled(self, compiled: Compiled) -> None:
         """As Triton launches, without its look-up by all arguments, which takes longer than a short kernel."""
@@ -153,7 +181,7 @@ class Launch:
             if kernel is not None:  # a hook may keep Triton from compiling
                 form.kernels[tuple(key)] = kernel
             return
-        x, y, z = (*self.grid, 1, 1)[:3]
+        x, y, z = (*self.clusters, 1, 1)[:3]
         stream = driver.active.get_current_stream(device)
         kernel.run(x, y, z, stream, kernel.function, kernel.packed_metadata, None, None, None, *values)
 

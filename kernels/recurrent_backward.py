@@ -134,7 +134,7 @@ def recurrent_backward(
     gates_ptr,  # [T, B, HX, 4], activated
     cells_ptr,  # [T, B, HX] fp32
     grad_gates_ptr,  # [T, B, HX, 4], out: gradients of the pre-activations; the exchange buffer
-    parts_ptr,  # [n_groups, TAGGED_SLOTS, n_blocks, PARTS, BLOCK_H, BLOCK_B] int64, zero; or None if PARTS == 1
+    parts_ptr,  # [n_groups, TAGGED_SLOTS, n_blocks, PARTS, BLOCK_H, BLOCK_B] int64, zero; None if PARTS == 1 or CLUSTER
     grad_c_ptr,  # [B, H] fp32, out: gradient of c0; carries the state between launches of the step tier
     counter_ptr,  # [n_tiles, COUNTER_STRIDE] int32, zero: COUNTER's counts; the first word is FLAG's mark
     status_ptr,  # [STATUS_WORDS] int32
@@ -164,6 +164,7 @@ def recurrent_backward(
     # Off by default, and then without a trace in the compiled kernel:
     HOIST: tl.constexpr = False,  # let the compiler move what does not change out of the time loop
     HELD: tl.constexpr = 0,  # of the resident chunks, in registers; the others in shared memory
+    CLUSTER: tl.constexpr = False,  # a team is a cluster: partial sums go through its blocks' shared memory
     STAGES: tl.constexpr = 1,  # of the loop over streamed chunks; above 1 the compiler copies weights ahead
     CHAINS: tl.constexpr = 1,  # recurrences side by side, of which the last `reverse` walk in reverse
     cuts_ptr=None,  # [T, B] int32: whether the state was zeroed before the step
@@ -212,7 +213,7 @@ def recurrent_backward(
         gates_ptr += chain * (4 * HX)
         cells_ptr += chain * HX
         grad_gates_ptr += chain * (4 * HX)
-        if PARTS > 1:
+        if PARTS > 1 and not CLUSTER:
             own: tl.constexpr = exchange.TAGGED_SLOTS * PARTS * BLOCK_H * BLOCK_B
             parts_ptr += (chain * tl.num_programs(1) * n_blocks).to(tl.int64) * own
         grad_c_ptr += chain.to(tl.int64) * B * H
@@ -268,13 +269,24 @@ def recurrent_backward(
     if PARTS > 1:
         # A slot holds, for each block, what the blocks of its team have for it.
         OWN: tl.constexpr = BLOCK_H * BLOCK_B
-        slot_words = n_blocks * PARTS * OWN
-        own_parts = parts_ptr + group * exchange.TAGGED_SLOTS * slot_words
         team_row = tl.arange(0, ROWS)[:, None]
         sequence = tl.arange(0, BLOCK_B)[None, :]
-        to_block = block - part + team_row // BLOCK_H
-        send_at = own_parts + ((to_block * PARTS + part) * BLOCK_H + team_row % BLOCK_H) * BLOCK_B + sequence
-        take_at = own_parts + block * PARTS * OWN
+        if CLUSTER:
+            slot_words = PARTS * OWN
+            SIZE: tl.constexpr = 8 * exchange.TAGGED_SLOTS * PARTS * OWN
+            send_at = exchange.cluster_memory(team_row // BLOCK_H, SIZE)
+            send_at = send_at + (part * BLOCK_H + team_row % BLOCK_H) * BLOCK_B + sequence
+            take_at = exchange.cluster_memory(part, SIZE, OWN=True)
+            word = tl.arange(0, SIZE // 8)
+            nothing = tl.zeros((SIZE // 8,), tl.float32)
+            exchange.publish_tagged(take_at + word, nothing, part * 0, word >= 0, AMD, WARPS, CLUSTER)
+            exchange.meet(part)
+        else:
+            slot_words = n_blocks * PARTS * OWN
+            own_parts = parts_ptr + group * exchange.TAGGED_SLOTS * slot_words
+            to_block = block - part + team_row // BLOCK_H
+            send_at = own_parts + ((to_block * PARTS + part) * BLOCK_H + team_row % BLOCK_H) * BLOCK_B + sequence
+            take_at = own_parts + block * PARTS * OWN
         take_at = take_at + layout.place_of_cells(BLOCK_H, BLOCK_B)
         # COUNTER's count stands in the first word.
         parts_mark = counter_ptr + (1 if PROTOCOL == exchange.COUNTER else 0)
@@ -460,9 +472,10 @@ def recurrent_backward(
                     if PROTOCOL == exchange.COUNTER:
                         acc = tl.where(alive > 0, acc, float("nan"))
                     sent = (team_begin + team_row < HX) & (tile * BLOCK_B + sequence < B)
-                    exchange.publish_tagged(send_at + slot, acc, turn, sent, AMD, WARPS)
+                    exchange.publish_tagged(send_at + slot, acc, turn, sent, AMD, WARPS, CLUSTER)
                     parts = exchange.receive_tagged(
                         take_at + slot, stored, turn, parts_mark, status_ptr, step, spin_limit, OWN, PARTS, AMD, WARPS,
+                        CLUSTER,
                     )  # fmt: skip
                     from_later = _sum(parts, PARTS)
                 else:
@@ -559,3 +572,6 @@ def recurrent_backward(
         if norm_ptr is not None:
             tl.store(grad_norm_ptr + state, grad_gain, mask=inside)
             tl.store(grad_norm_ptr + B.to(tl.int64) * H + state, grad_bias, mask=inside)
+    if CLUSTER:
+        # A block's shared memory must not be gone before all have written there.
+        exchange.meet(part)

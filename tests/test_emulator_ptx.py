@@ -309,6 +309,8 @@ def test_the_program_names_as_many_operands_as_its_constraints(pack: int, ragged
 
 
 TAG = 77
+IN_MEMORY = exchange.IN_MEMORY.value
+SPACES = [IN_MEMORY, exchange.IN_CLUSTER.value, exchange.IN_BLOCK.value]
 
 
 def tagged(count: int = 4, lanes: int = 2, tag: int = TAG) -> dict[int, int]:
@@ -316,7 +318,7 @@ def tagged(count: int = 4, lanes: int = 2, tag: int = TAG) -> dict[int, int]:
 
 
 def poll_tagged(
-    memory: Memory, count: int = 4, lanes: int = 2, wanted: int = 1, limit: int = 1000
+    memory: Memory, count: int = 4, lanes: int = 2, wanted: int = 1, limit: int = 1000, space: str = IN_MEMORY
 ) -> list[list[int]]:
     """Runs ``poll_tagged_program`` for a word a lane of ``count`` tiles 512 bytes apart; values by tile."""
     memory.words.update({MARK: memory.words.get(MARK, 0), **{STATUS + 4 * n: 0 for n in range(4)}})
@@ -326,16 +328,17 @@ def poll_tagged(
     given += [np.full(lanes, MARK, np.uint64), np.full(lanes, STATUS, np.uint64)]
     given += [np.full(lanes, 17, np.uint32), np.full(lanes, limit, np.uint32)]
     registers = {f"_{count + n}": value for n, value in enumerate(given)}
-    after = run(exchange.poll_tagged_program(count, 1, 512), lanes, memory, **registers)
+    after = run(exchange.poll_tagged_program(count, 1, 512, space), lanes, memory, **registers)
     return [[int(word) & 0xFFFFFFFF for word in after[f"${tile}"]] for tile in range(count)]
 
 
 TAGGED = [[100 * t + lane for lane in range(2)] for t in range(4)]
 
 
-def test_words_of_this_turn_are_read_once() -> None:
+@pytest.mark.parametrize("space", SPACES)
+def test_words_of_this_turn_are_read_once(space: str) -> None:
     memory = Memory(tagged())
-    assert poll_tagged(memory) == TAGGED
+    assert poll_tagged(memory, space=space) == TAGGED
     assert memory.reads == 4  # of both lanes
 
 
@@ -374,9 +377,10 @@ def test_a_missing_word_becomes_nan_and_is_reported() -> None:
     assert [memory.words[STATUS + 4 * n] for n in range(4)] == [exchange.TIMED_OUT.value, 5, 3, 17]
 
 
-def test_a_tagged_store_stores_value_and_turn_where_it_may() -> None:
+@pytest.mark.parametrize("space", SPACES)
+def test_a_tagged_store_stores_value_and_turn_where_it_may(space: str) -> None:
     memory = Memory({})
-    run(exchange.store_tagged_program(1), 2, memory, _1=np.uint64([BASE, BASE + 8]), _2=np.uint32([1, 0]),
+    run(exchange.store_tagged_program(1, space), 2, memory, _1=np.uint64([BASE, BASE + 8]), _2=np.uint32([1, 0]),
         _3=np.uint32([POISON, 1]), _4=np.uint32([TAG, TAG]))  # fmt: skip
     assert memory.words == {BASE: (TAG << 32) | POISON}
 
@@ -389,7 +393,7 @@ def test_two_tagged_words_are_stored_wherever_they_lie(apart: int, offset: int) 
     base = np.uint64([BASE + offset + 64 * lane for lane in range(4)])
     first, second = np.uint32(list(zip(*stored, strict=True)))
     memory = Memory({})
-    run(exchange.store_tagged_program(2), 4, memory, _2=base, _3=np.uint64(base.astype(np.int64) + apart),
+    run(exchange.store_tagged_program(2, IN_MEMORY), 4, memory, _2=base, _3=np.uint64(base.astype(np.int64) + apart),
         _4=first, _5=second, _6=np.uint32([1, 2, 3, 4]), _7=np.uint32([5, 6, 7, 8]),
         _8=np.full(4, TAG, np.uint32), _9=np.full(4, TAG, np.uint32))  # fmt: skip
     expected = {}
@@ -404,7 +408,7 @@ def test_two_tagged_words_are_stored_wherever_they_lie(apart: int, offset: int) 
 @pytest.mark.parametrize("pack", [1, 2])
 def test_the_tagged_store_names_as_many_operands_as_its_constraints(pack: int) -> None:
     constraints = exchange.store_tagged_constraints(pack).split(",")
-    named = re.findall(r"\$(\d+)", exchange.store_tagged_program(pack))
+    named = re.findall(r"\$(\d+)", exchange.store_tagged_program(pack, IN_MEMORY))
     assert sorted({int(n) for n in named}) == list(range(len(constraints)))
     assert constraints[pack] == "l"
 
@@ -418,8 +422,47 @@ def test_fetching_ahead_changes_nothing() -> None:
 
 @pytest.mark.parametrize("pack", [1, 2])
 def test_the_tagged_program_names_as_many_operands_as_its_constraints(pack: int) -> None:
-    text = exchange.poll_tagged_program(4, pack, 512)
+    text = exchange.poll_tagged_program(4, pack, 512, IN_MEMORY)
     constraints = exchange.poll_tagged_constraints(4, pack).split(",")
     assert max(int(n) for n in re.findall(r"\$(\d+)", text)) < len(constraints)
     assert constraints.count("=&l") == 4 * pack
     assert constraints[4 * pack] == constraints[5 * pack] == "l"
+
+
+class OfThree:
+    """A block of rank 1 in a cluster of three, with 256 bytes of shared memory."""
+
+    memory, size, rank = 0x5000, 256, 1
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def arrive(self) -> None:
+        self.calls.append("arrive")
+
+    def wait(self) -> None:
+        self.calls.append("wait")
+
+
+def in_cluster(text: str, lanes: int, cluster: OfThree | None, **registers: np.ndarray) -> dict[str, np.ndarray]:
+    given = {f"${name.lstrip('_')}": value for name, value in registers.items()}
+    memory = Memory({})
+    return emulator_ptx.run(emulator_ptx.parse(text), given, lanes, (5, 3), memory.load, memory.store, cluster)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_the_last_bytes_of_a_clusters_blocks(own: bool) -> None:
+    after = in_cluster(exchange.cluster_memory_program(64, own), 3, OfThree(), _1=np.uint32([0, 1, 2]))
+    there = [0x5000 + 256 - 64] * 3 if own else [0x4F00 + 192, 0x5000 + 192, 0x5100 + 192]
+    assert after["$0"].tolist() == there
+
+
+def test_the_blocks_of_a_cluster_meet() -> None:
+    cluster = OfThree()
+    in_cluster(exchange.MEET.value, 1, cluster, _1=np.uint32([7]))
+    assert cluster.calls == ["arrive", "wait"]
+
+
+def test_ptx_for_a_cluster_says_when_there_is_none() -> None:
+    with pytest.raises(RuntimeError, match="PTX for a cluster in a launch without"):
+        in_cluster(exchange.MEET.value, 1, None, _1=np.uint32([7]))

@@ -17,12 +17,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tritlstm import emulator, layer, plan, reference
+from tritlstm import emulator, layer, plan, reference, status
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 #: Options of the emulator that are overrides of a plan.
-PLANNED = ("tier", "protocol", "block_h", "block_b", "block_k", "parts", "poll", "resident", "stages", "held")
+PLANNED = ("tier", "protocol", "block_h", "block_b", "block_k", "parts", "poll", "resident", "stages", "held",
+           "clustered")  # fmt: skip
 NAMES = ("out", "h_n", "c_n", "x", "w_ih", "w_hh", "b", "h0", "c0")
 
 
@@ -210,6 +211,11 @@ PATHS: dict[str, tuple[tuple[int, int, int, int], dict[str, Any]]] = {
         (2, 17, 5, 80),
         {"tier": "persistent", "block_h": 16, "parts": 8, "sms": 8},
     ),
+    "two clusters of four": ((3, 20, 5, 70), {"tier": "persistent", "clustered": True, "block_h": 16, "sms": 16}),
+    "two clusters of eight, counter": (
+        (6, 5, 5, 80),
+        {"tier": "persistent", "clustered": True, "parts": 8, "protocol": "counter", "sms": 16},
+    ),
     "8 sequences a tile": ((3, 20, 5, 40), {"tier": "persistent", "block_b": 8, "sms": 9}),
     "single, 8 sequences a tile": ((3, 20, 5, 24), {"tier": "single", "block_b": 8, "sms": 2}),
     "streaming": ((3, 3, 7, 150), {"tier": "streaming", "sms": 10, "shared_bytes": 64 << 10, "block_k": 32}),
@@ -385,6 +391,31 @@ def test_more_units_are_multiplied_as_tf32_where_that_is_allowed():
     allowed = recurrent_errors(80, tier="persistent", tf32=True)
     assert 2e-5 < allowed["out"] < 1e-3
     assert recurrent_errors(80, tier="persistent")["out"] < 1e-6
+
+
+@pytest.mark.parametrize("parts", [4, 8])
+def test_a_cluster_gives_the_bits_of_a_team(parts):
+    problem = Problem.draw(6, 5, 5, 40, torch.float32)
+    options = {"tier": "persistent", "parts": parts, "block_b": 16, "sms": 8}
+    team = problem.by_kernels(**options)
+    cluster = problem.by_kernels(**options, clustered=True, seed=1, delays=emulator.Delays(0.05, 0.004))
+    assert all(torch.equal(team[name], cluster[name]) for name in NAMES)
+
+
+@pytest.mark.skipif(CUDA, reason="faults are the emulator's")
+@pytest.mark.parametrize("kind", ["kill", "stall"])
+def test_a_block_of_a_cluster_that_stops_is_reported_by_the_others(kind):
+    p = Problem.draw(6, 5, 5, 64, torch.float32)
+    options = {"tier": "persistent", "block_h": 16, "sms": 4, "clustered": True, "spin_limit": 2000}
+    with emulator.emulate(**options):
+        out, *_, gates, cells = layer.forward(p.x, *p.parameters, p.h0, p.c0, None, False, True)
+    # By its twentieth store it is in the time loop.
+    fault = emulator.Fault((1, 0), store=20, kind=kind)
+    with (
+        emulator.emulate(**options, fault=fault),
+        pytest.raises(status.ExchangeTimeout, match=r"gave up waiting at step \d \(block [023] of group 0\)"),
+    ):
+        layer.backward(*p.grads, p.x, p.w_ih, p.w_hh, p.h0, p.c0, None, out, gates, cells, False)
 
 
 def test_the_protocols_give_the_same_bits():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pickle
 import weakref
+from collections import namedtuple
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -44,12 +45,16 @@ class OnDevice:
 
 class Kernel:
     function, packed_metadata = "function", "metadata"
+    metadata: Any = None
 
     def __init__(self) -> None:
         self.runs: list[tuple[Any, ...]] = []
 
     def run(self, *args: Any) -> None:
         self.runs.append(args)
+
+
+METADATA = namedtuple("METADATA", "target num_warps num_ctas shared")
 
 
 class Jit:
@@ -266,6 +271,50 @@ def test_compiled_kernels_belong_to_a_plan() -> None:
     assert layer._with_cell(FORWARD, PLAIN) is FORWARD
     gemm = plan.gate_gemm(16, 256, 256, torch.float16, plan.DEVICES["sm_90"])
     assert gemm.launch({}).compiled is gemm.launch({}).compiled
+
+
+class Clustered(Jit):
+    """Compiles one kernel; its metadata is as Triton's."""
+
+    params, arg_names = kernel_function("recurrent_backward").params, kernel_function("recurrent_backward").arg_names
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = Kernel()
+        self.kernel.metadata = METADATA(target=GPUTarget("cuda", 90, 32), num_warps=4, num_ctas=1, shared=45000)
+        self.warmed: list[tuple[int, ...]] = []
+
+    def warmup(self, *, grid: tuple[int, ...], **arguments: Any) -> Kernel:
+        self.warmed.append(grid)
+        return self.kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def call(**arguments: Any) -> Kernel:
+            self.calls.append({"grid": grid, "metadata": self.kernel.packed_metadata})
+            return self.kernel
+
+        return call
+
+
+def test_a_cluster_is_launched_as_triton_counts_it(triton: SimpleNamespace) -> None:
+    """Triton multiplies the grid by the blocks of a cluster, and gives a block so much shared memory."""
+    triton.jit = Clustered()
+    device = dataclasses.replace(plan.DEVICES["sm_90"], clusters=True)
+    p = plan.recurrent("backward", 9, 40, 256, torch.float16, device, overrides={"clustered": True, "parts": 8})
+    assert p.n_blocks % 8 == 0
+    arguments = {"w_ptr": OnDevice(256), "T": 9, "B": 40}
+    for _ in range(3):
+        p.launch(arguments).run()
+    shared = -(-45000 // 128) * 128 + 8 * 4 * 8 * p.block_h * p.block_b
+    metadata = (4, 8, shared)
+    assert triton.jit.warmed == [(p.n_blocks, p.n_groups)]
+    assert triton.jit.calls == [{"grid": (p.n_blocks // 8, p.n_groups), "metadata": metadata}]
+    for run in triton.jit.kernel.runs:
+        assert run[:6] == (p.n_blocks // 8, p.n_groups, 1, 7, "function", metadata)
+    assert len(triton.jit.kernel.runs) == 2
+    # Again by Triton's own look-up: it is not made a cluster twice.
+    dataclasses.replace(p.launch(arguments), compiled=None).run()
+    assert triton.jit.calls[1] == triton.jit.calls[0]
 
 
 def test_compiled_kernels_stay_in_their_process() -> None:

@@ -249,11 +249,14 @@ def test_kernels_explains_with_a_file(tmp_path, monkeypatch, capsys):
 # The fit
 
 
-def timings(noise: float, device: plan.Device = H100, seed: int = 0, without: tuple[str, ...] = ()) -> Any:
+def timings(
+    noise: float, device: plan.Device = H100, seed: int = 0, without: tuple[str, ...] = (), cluster_us: float = 0
+) -> Any:
     """Of the settings that are timed on a GPU: what the model says with TRUTH, and noise of this relative size."""
-    real, draw = calibrate._with(device, TRUTH), np.random.default_rng(seed)
+    truth = {**TRUTH, "cluster_us": cluster_us} if cluster_us else TRUTH
+    real, draw = calibrate._with(device, truth), np.random.default_rng(seed)
     made: dict[Any, calibrate.Timing] = {}
-    for s in calibrate.settings():
+    for s in calibrate.settings(bool(cluster_us)):
         precision = "tf32" if s.dtype == torch.float32 else "ieee"
         try:
             chosen = plan.recurrent(
@@ -286,6 +289,16 @@ def test_the_fit_recovers_constants_from_noisy_timings(seed):
         assert abs(value / TRUTH[name] - 1) < 0.35, name
     assert set(found.undetermined) <= {"fence_us"}  # 0.06 us of a step that takes some 2 us
     assert found.after[0] < 0.04 < found.before[0]
+
+
+def test_clusters_are_fitted_where_they_are_timed():
+    given = timings(0.0, cluster_us=0.31)
+    assert sum(timing.chosen.clustered for timing in given) >= 6
+    found = calibrate.fit(given, H100)
+    assert found.undetermined == ()
+    assert found.constants == pytest.approx({**TRUTH, "cluster_us": 0.31}, rel=1e-6)
+    assert "cluster_us                    0.2         0.31" in calibrate.report(found, H100)
+    assert "cluster_us" not in calibrate.report(calibrate.fit(timings(0.0), H100), H100)
 
 
 def test_what_the_timings_leave_open_keeps_its_value():

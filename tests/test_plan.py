@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -341,6 +344,51 @@ def test_reasons_against_a_tier(length: int, hidden: int, tier: str, words: str)
     told = plan.tiers("forward", length, 32, hidden, BF16, H100)[tier]
     assert isinstance(told, str)
     assert told.startswith(words)
+
+
+# Clusters
+
+
+def test_clusters_are_chosen_where_they_are_allowed() -> None:
+    """Until a GPU has run them, by TRITLSTM_CLUSTERS=1 alone."""
+    sm_90 = plan.DEVICES["sm_90"]
+    allowed = dataclasses.replace(sm_90, clusters=True)
+    fixed = ("backward", 9, 16, 768, FP16)
+    team, cluster = plan.recurrent(*fixed, sm_90), plan.recurrent(*fixed, allowed)
+    assert not team.clustered
+    assert cluster.clustered
+    assert cluster.us_per_step < team.us_per_step
+    assert "96 blocks of 8 units in clusters of 8 x 1 groups" in cluster.describe()
+    # Four slots of eight blocks' sums of 8 units and 16 sequences, of 8 bytes.
+    assert cluster.cluster_bytes == 4 * 8 * 8 * 16 * 8
+    assert cluster.shared_bytes == team.shared_bytes + cluster.cluster_bytes
+    launch = cluster.launch({})
+    assert (launch.cluster, launch.cluster_bytes, launch.constants["CLUSTER"]) == (8, cluster.cluster_bytes, True)
+    assert (team.launch({}).cluster, team.cluster_bytes) == (1, 0)
+    # 8 KiB of sums between neighbours, at 24.8 KB a us.
+    assert cluster.cost.parts == pytest.approx(0.2 + 8192 / 24.8e3)
+    assert not plan.recurrent("forward", *fixed[1:], allowed).clustered
+
+
+def test_clusters_leave_multiprocessors_free() -> None:
+    """All blocks must be resident, and those of a cluster lie in one part of the device."""
+    for batch in (16, 64, 512):
+        p = plan.recurrent("backward", 9, batch, 512, FP16, H100, overrides={"clustered": True})
+        assert p.n_blocks * p.n_groups <= 0.85 * H100.sms
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_120", "gfx942"])
+def test_clusters_are_of_hopper_and_later(arch: str) -> None:
+    with pytest.raises(plan.PlanError, match="'clustered': True"):
+        plan.recurrent("backward", 9, 16, 256, FP16, plan.DEVICES[arch], overrides={"clustered": True})
+
+
+def test_the_environment_allows_clusters() -> None:
+    code = "from tritlstm import plan; print([d.arch for d in plan.DEVICES.values() if d.clusters])"
+    for value, archs in (("1", ["sm_90", "sm_100"]), ("0", [])):
+        environment = {**os.environ, plan.CLUSTERS: value}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout == f"{archs}\n"
 
 
 # One step

@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
+import torch
 import triton
 
-from tritlstm import cli, plan, shape_report
+from tritlstm import cli, inspect_kernels, plan, shape_report
 from tritlstm.benchmarks.cases import suite
 
 TABLE = json.loads((Path(__file__).with_name("kernel_counts.json")).read_text())
@@ -88,3 +90,36 @@ def test_a_single_step_is_explained_by_the_kernel_that_runs(capsys: pytest.Captu
 def test_what_is_no_shape_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["kernels", "--explain", text]) == 2
     assert "four positive numbers T,B,D,H" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(triton.__version__ != TABLE["versions"]["triton"], reason="the limits are another Triton's")
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+def test_partial_sums_of_a_cluster_take_no_trip_through_l2(arch: str) -> None:
+    """They are stored into another block's shared memory, and awaited in the block's own."""
+    found = {}
+    for clustered in (False, True):
+        device = dataclasses.replace(plan.DEVICES[arch], clusters=clustered)
+        p = plan.recurrent("backward", 1024, 16, 768, torch.float16, device, overrides={"parts": 8, "block_h": 8})
+        assert p.clustered == clustered
+        launch = inspect_kernels.recurrent_launch(p)
+        compiled = inspect_kernels.compile_launch(launch, arch)
+        code, _ = inspect_kernels.read_code(compiled, launch)
+        row = shape_report.counts(p, device)
+        assert (row["problems"], row["spill_bytes"]) == ([], 0)
+        assert compiled.metadata.shared + p.cluster_bytes <= device.shared_bytes
+        text = [(f"{i.opcode} {i.operands}", loop) for i, loop in zip(code.instructions, code.in_loop, strict=True)]
+        found[clustered] = (row["loop"]["shared_loads"], text)
+    (before, team), (after, cluster) = found[False], found[True]
+    # A look at 8 words and another at those that are missing.
+    assert after == before + 16
+
+    def loops(text: list[tuple[str, bool]], start: str) -> list[bool]:
+        return [loop for words, loop in text if words.startswith(start)]
+
+    assert sum(loops(team, "LDG.E.64.STRONG.GPU")) == 16
+    assert not any(loops(cluster, "LDG.E.64.STRONG.GPU"))
+    # Its blocks meet before the loop and after it; no fence or barrier of the cluster stands inside.
+    for start in ("UCGABAR_ARV", "UCGABAR_WAIT", "MEMBAR.ALL.GPU", "MEMBAR.SC.GPU"):
+        assert not any(loops(cluster, start)), start
+    assert len(loops(cluster, "UCGABAR_ARV")) == 2
+    assert not loops(team, "UCGABAR_ARV")

@@ -24,6 +24,7 @@ import contextlib
 import contextvars
 import ctypes
 import dataclasses
+import math
 import mmap
 import os
 import subprocess
@@ -194,6 +195,7 @@ def run(launch: Any) -> float:
     Raises :class:`EmulationError` when a program raised, died or did not end, except the one of a
     :class:`Fault`.
     """
+    import numpy as np
     import torch
 
     emulation = current()
@@ -207,9 +209,13 @@ def run(launch: Any) -> float:
         by_storage.setdefault(tensor.data_ptr(), tensor)
         if by_storage[tensor.data_ptr()].nbytes < tensor.nbytes:
             by_storage[tensor.data_ptr()] = tensor
-    arena = Arena([tensor.nbytes for tensor in by_storage.values()])
+    programs = math.prod(launch.grid) if launch.cluster > 1 else 0
+    beside = [programs * launch.cluster_bytes, programs * 4]  # shared memory of blocks, and their meetings
+    arena = Arena([*(tensor.nbytes for tensor in by_storage.values()), *beside])
     try:
-        offsets = dict(zip(by_storage, arena.offsets, strict=True))
+        offsets = dict(zip(by_storage, arena.offsets, strict=False))
+        # What lies in it at first may be anything, such as the number of a turn.
+        np.frombuffer(arena.map, np.uint32, beside[0] // 4, arena.offsets[-2])[:] = 1
         for key, tensor in by_storage.items():
             if tensor.nbytes:
                 ctypes.memmove(arena.address + offsets[key], tensor.data_ptr(), tensor.nbytes)
@@ -229,6 +235,7 @@ def run(launch: Any) -> float:
             "guards": arena.guards,
             "kernel": launch.kernel,
             "grid": launch.grid,
+            "cluster": (launch.cluster, launch.cluster_bytes, *arena.offsets[-2:]),
             "arguments": arguments,
             "constants": launch.constants,
             "emulation": dataclasses.asdict(emulation),

@@ -10,10 +10,11 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 
-__all__ = ["Instruction", "parse", "run"]
+__all__ = ["Cluster", "Instruction", "parse", "run"]
 
 #: ``(addresses, mask, size)`` to the words of 4 or 8 bytes there; where the mask is false, anything.
 Load = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
@@ -51,7 +52,7 @@ def parse(text: str) -> tuple[Instruction, ...]:
             statement = statement[found.end() :]
         if not statement or statement.startswith(".reg"):
             continue
-        found = re.fullmatch(r"(?:@(!?\w+)\s+)?([\w.]+)\s*(.*)", statement, re.S)
+        found = re.fullmatch(r"(?:@(!?\w+)\s+)?([\w.:]+)\s*(.*)", statement, re.S)
         if not found:
             raise ValueError(f"not a PTX statement: {statement!r}")
         guard, opcode, rest = found.groups()
@@ -68,19 +69,45 @@ def parse(text: str) -> tuple[Instruction, ...]:
     return tuple(program)
 
 
+class Cluster(Protocol):
+    """The thread-block cluster that a program belongs to: ``memory`` and ``size`` are where its own shared memory lies,
+    and its bytes; those of the others lie side by side with it, in the order of their ranks."""
+
+    memory: int
+    size: int
+    rank: int
+
+    def arrive(self) -> None: ...
+
+    def wait(self) -> None: ...
+
+
 class _Lanes:
     """Registers of all lanes: words as uint32 or uint64, addresses as uint64, predicates as bool."""
 
-    def __init__(self, lanes: int, given: dict[str, np.ndarray], block: tuple[int, int]) -> None:
+    def __init__(
+        self, lanes: int, given: dict[str, np.ndarray], block: tuple[int, int], cluster: Cluster | None
+    ) -> None:
         self.lanes = lanes
         self.registers = given
         self.block = block
+        self.given_cluster = cluster
+
+    @property
+    def cluster(self) -> Cluster:
+        if self.given_cluster is None:
+            raise RuntimeError("PTX for a cluster in a launch without")
+        return self.given_cluster
 
     def read(self, operand: str) -> np.ndarray:
         if operand in self.registers:
             return self.registers[operand]
         if operand.startswith("%ctaid."):
             return np.full(self.lanes, self.block["xy".index(operand[-1])], np.uint32)
+        if operand == "global_smem":  # as Triton calls a block's shared memory
+            return np.full(self.lanes, self.cluster.memory, np.uint64)
+        if operand == "%dynamic_smem_size":
+            return np.full(self.lanes, self.cluster.size, np.uint32)
         if re.fullmatch(r"-?\d+|0x[0-9A-Fa-f]+", operand):
             return np.full(self.lanes, int(operand, 0) & 0xFFFFFFFF, np.uint32)
         raise ValueError(f"PTX reads {operand}, which nothing has set")
@@ -106,12 +133,13 @@ def run(
     block: tuple[int, int],
     load: Load,
     store: Store,
+    cluster: Cluster | None = None,
 ) -> dict[str, np.ndarray]:
     """Runs all lanes to the end. ``registers`` are the operands ``$n`` that the program reads; returns all registers.
 
     Raises RuntimeError where a lane traps, NotImplementedError for an instruction that is not known here.
     """
-    state = _Lanes(lanes, dict(registers), block)
+    state = _Lanes(lanes, dict(registers), block, cluster)
     place = np.zeros(lanes, np.int64)
     end = len(program)
     while (at := int(place.min())) < end:
@@ -160,6 +188,16 @@ def _execute(state: _Lanes, instruction: Instruction, mask: np.ndarray, load: Lo
     if kind[0] == "prefetch":
         state.address(operands[0])
         return
+    if kind[:2] == ["barrier", "cluster"]:
+        if not mask.all():
+            raise RuntimeError("not all lanes come to a barrier of the cluster together")
+        (state.cluster.arrive if kind[2] == "arrive" else state.cluster.wait)()
+        return
+    if opcode == "mapa.shared::cluster.u64":
+        ranks = state.read(operands[2]).astype(np.int64) - state.cluster.rank
+        away = (ranks * state.cluster.size).astype(np.uint64)  # of ranks below, around 2^64
+        state.write(operands[0], state.read(operands[1]) + away, mask)
+        return
     sources = [state.read(operand) for operand in operands[1:]]
     state.write(operands[0], _value(opcode, kind, sources), mask)
 
@@ -173,10 +211,12 @@ def _value(opcode: str, kind: list[str], sources: list[np.ndarray]) -> np.ndarra
         return sources[0]
     if opcode in _MAX:
         return _MAX[opcode](*sources)
-    if opcode == "add.u32":
+    if opcode in ("add.u32", "add.u64"):
         return sources[0] + sources[1]
-    if opcode == "sub.u32":
+    if opcode in ("sub.u32", "sub.u64"):
         return sources[0] - sources[1]
+    if opcode == "cvt.u64.u32":
+        return sources[0].astype(np.uint64)
     if opcode == "cvt.u32.u64":
         return sources[0].astype(np.uint32)
     if opcode in ("and.b32", "or.pred"):

@@ -60,10 +60,44 @@ def float32_to_bf16(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), 0x7FFF, rounded).astype(np.uint16)
 
 
+class Cluster:
+    """Programs next to each other in the grid's first dimension, with shared memory of their own in the arena.
+
+    ``meetings`` points to a word for each of them: how often it has arrived at the barrier.
+    """
+
+    def __init__(self, memory: int, size: int, rank: int, meetings: int, blocks: int, patience_s: float) -> None:
+        self.memory, self.size, self.rank = memory, size, rank
+        self.arrived = np.ctypeslib.as_array((ctypes.c_uint32 * blocks).from_address(meetings))
+        self.patience_s = patience_s
+
+    @classmethod
+    def of(cls, request: dict[str, Any], program: tuple[int, ...], address: int) -> Cluster | None:
+        blocks, size, memory, meetings = request["cluster"]
+        if blocks == 1:
+            return None
+        (x, y, z), (columns, rows, _) = _whole(program), _whole(request["grid"], 1)
+        place = (z * rows + y) * columns + x
+        # On a GPU a block that has ended no longer has to arrive.
+        patience_s = 1e9 if request["emulation"]["fault"] is None else 1.0
+        first = place - x % blocks
+        own = address + memory + place * size
+        return cls(own, size, x % blocks, address + meetings + 4 * first, blocks, patience_s)
+
+    def arrive(self) -> None:
+        self.arrived[self.rank] += 1
+
+    def wait(self) -> None:
+        begin = time.monotonic()
+        while (self.arrived < self.arrived[self.rank]).any() and time.monotonic() - begin < self.patience_s:
+            time.sleep(POLL_S)
+
+
 class Builder(interpreter.InterpreterBuilder):
     """The interpreter's builder with a right bf16 dot and rounding, fair spinning, delays and faults."""
 
-    def configure(self, emulation: dict[str, Any], program: tuple[int, ...]) -> None:
+    def configure(self, emulation: dict[str, Any], program: tuple[int, ...], cluster: Cluster | None = None) -> None:
+        self.cluster = cluster
         self.delays = emulation["delays"]
         self.random = random.Random(f"{emulation['seed']}-{program}")
         self.block = program[0], program[1]
@@ -139,7 +173,9 @@ class Builder(interpreter.InterpreterBuilder):
                 registers[f"${position + n}"] = numbers[:, n]
             position += pack
         program = emulator_ptx.parse(asm)
-        after = emulator_ptx.run(program, registers, lanes, self.block, self._load_words, self._store_words)
+        after = emulator_ptx.run(
+            program, registers, lanes, self.block, self._load_words, self._store_words, self.cluster
+        )
         results = []
         for n, kind in enumerate(kinds):
             columns = [after[f"${n * pack + part}"] for part in range(pack)]
@@ -232,7 +268,7 @@ def _whole(place: Sequence[int], missing: int = 0) -> tuple[int, ...]:
 def run_program(request: dict[str, Any], program: tuple[int, ...], address: int) -> None:
     function = kernel_function(request["kernel"])
     current = interpreter.interpreter_builder
-    current.configure(request["emulation"], program)
+    current.configure(request["emulation"], program, Cluster.of(request, program, address))
     current.set_grid_dim(*_whole(request["grid"], 1))
     current.set_grid_idx(*_whole(program))
     arguments = {name: to_interpreter(value, address) for name, value in request["arguments"].items()}

@@ -130,7 +130,7 @@ def recurrent_launch(chosen: RecurrentPlan, lengths: bool = False, variant: str 
         elif name == "lengths_ptr":
             given[name] = None
         elif name == "parts_ptr":
-            given[name] = _meta(torch.int64, 1) if chosen.parts > 1 else None
+            given[name] = _meta(torch.int64, 1) if chosen.parts > 1 and not chosen.clustered else None
         elif name.endswith("_ptr"):
             given[name] = single if name in fp32 else value
         elif name not in chosen.constants and name not in {"n_tiles", "spin_limit"}:
@@ -179,7 +179,8 @@ def one_step_launch(chosen: OneStepPlan, lengths: bool = False) -> Launch:
 def recurrent_key(chosen: RecurrentPlan) -> tuple:
     """What tells the kernels of a direction and dtype apart, except for H and what follows from it."""
     return (chosen.tier, chosen.protocol, chosen.block_h, chosen.block_b, chosen.block_k, chosen.parts,
-            chosen.num_warps, chosen.poll, chosen.chains > 1, chosen.stacked, chosen.stages, chosen.held)  # fmt: skip
+            chosen.num_warps, chosen.poll, chosen.chains > 1, chosen.stacked, chosen.stages, chosen.held,
+            chosen.clustered)  # fmt: skip
 
 
 def configurations(device: Device, products: Any = PRODUCTS, variant: str = "plain") -> list[Configuration]:

@@ -115,7 +115,7 @@ def _counters(layout: plan.RecurrentPlan, device: torch.device) -> Tensor:
 
 
 def _parts(layout: plan.RecurrentPlan, device: torch.device) -> Tensor | None:
-    if layout.parts == 1:
+    if layout.parts == 1 or layout.clustered:
         return None
     slots = layout.n_groups * exchange.TAGGED_SLOTS.value
     words = slots * layout.n_blocks * layout.parts * layout.block_h * layout.block_b

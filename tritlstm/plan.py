@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -48,6 +49,7 @@ TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 TUNED = (3, 7) <= TRITON < (3, 9)
 TIERS = ("single", "persistent", "streaming", "step")
 PROTOCOLS = {"none": exchange.NONE.value, "counter": exchange.COUNTER.value, "flag": exchange.FLAG.value}
+TAGGED_SLOTS = exchange.TAGGED_SLOTS.value
 KERNELS = {"forward": "recurrent_forward", "backward": "recurrent_backward"}
 #: dtypes of the kernels; anything else takes the ATen path.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -72,6 +74,12 @@ class Device:
     #: Rows that the fast matrix instruction wants (wgmma, tcgen05); 16 where mma.sync or MFMA is meant.
     matrix_rows: int = 16
     constants: measured.Constants = measured.DATA_SHEET
+    #: Whether teams may be thread-block clusters, whose partial sums go through their shared memory.
+    clusters: bool = False
+
+
+#: Set to 1, it lets the planner choose clusters, which no GPU has run yet.
+CLUSTERS = "TRITLSTM_CLUSTERS"
 
 
 def _table() -> dict[str, Device]:
@@ -85,7 +93,8 @@ def _table() -> dict[str, Device]:
         Device("MI250X", "gfx90a", 104, 64 << 10, 1.70, 512, 3.5e6, 1.6e6, warp_size=64),
         Device("MI300X", "gfx942", 304, 64 << 10, 2.10, 1024, 8.0e6, 5.3e6, warp_size=64),
     )
-    return {device.arch: device for device in rows}
+    wanted = os.environ.get(CLUSTERS) == "1"
+    return {d.arch: dataclasses.replace(d, clusters=wanted and d.matrix_rows > 16) for d in rows}
 
 
 #: A typical part of every architecture that the kernels are compiled for.
@@ -129,6 +138,7 @@ def device_of(x: Tensor) -> Device:
             DEVICES["sm_90"],
             name="emulator",
             arch="emulated",
+            clusters=False,  # where one is asked for
             sms=emulation.sms,
             shared_bytes=emulation.shared_bytes,
         )
@@ -232,6 +242,13 @@ class RecurrentPlan:
     stacked: bool = False  # the chains are layers, each of which reads the one before it
     stages: int = 1  # of the loop over streamed chunks: above 1 the compiler copies them ahead
     held: int = 0  # of the resident chunks, in registers
+    clustered: bool = False  # a team is a thread-block cluster
+
+    @property
+    def cluster_bytes(self) -> int:
+        """Shared memory of a block for partial sums and their turns."""
+        words = TAGGED_SLOTS * self.parts * self.block_h * self.block_b
+        return 8 * words if self.clustered else 0
 
     @property
     def prologue(self) -> int:
@@ -273,6 +290,8 @@ class RecurrentPlan:
             constants["STAGES"] = self.stages
         if self.held:
             constants["HELD"] = self.held
+        if self.clustered:
+            constants["CLUSTER"] = True
         if self.direction == "forward":
             separate = padded(self.hidden) != self.hidden
             return {**constants, "SAVE": self.save, "SEPARATE_OUT": separate, **dict(self.cell)}
@@ -292,6 +311,8 @@ class RecurrentPlan:
             self.num_warps,
             cooperative=self.protocol != "none",
             max_registers=self.max_registers,
+            cluster=self.parts if self.clustered else 1,
+            cluster_bytes=self.cluster_bytes,
             compiled=self._compiled,
         )
 
@@ -308,7 +329,7 @@ class RecurrentPlan:
         """One line: tier, protocol, tiles."""
         held = f", {self.held} of them in registers" if self.held else ""
         on_chip = f"{self.resident}/{self.chunks} chunks of w_hh on chip{held}"
-        teams = f" in teams of {self.parts}" if self.parts > 1 else ""
+        teams = f" in {'clusters' if self.clustered else 'teams'} of {self.parts}" if self.parts > 1 else ""
         what = "layers" if self.stacked else "chains"
         chains = f" x {self.at_once} of {self.chains} {what}" if self.chains > 1 else ""
         return (
@@ -347,6 +368,7 @@ class _Problem:
     #: That were asked for.
     parts: int | None = None
     held: int | None = None
+    clustered: bool | None = None
 
     @property
     def element(self) -> int:
@@ -408,9 +430,18 @@ def _candidates(problem: _Problem) -> Iterator[RecurrentPlan]:
                     continue
                 for stages in _stages(problem, tier):
                     num_warps = _num_warps(problem, block_h * parts)
-                    yield from _feasible(problem, tier, block_h, block_b, parts, num_warps, stages)
-                    if stages == 1 and block_b >= 16 and _holds(problem, tier):
-                        yield from _feasible(problem, tier, block_h, block_b, parts, num_warps, stages, 1)
+                    for clustered in _clusters(problem, tier, parts):
+                        sizes = (block_h, block_b, parts, num_warps, stages)
+                        yield from _feasible(problem, tier, *sizes, clustered=clustered)
+                        if stages == 1 and block_b >= 16 and _holds(problem, tier):
+                            yield from _feasible(problem, tier, *sizes, 1, clustered)
+
+
+def _clusters(problem: _Problem, tier: str, parts: int) -> tuple[bool, ...]:
+    """Whether a team may be a cluster: where the device is said to have them, or one was asked for."""
+    able = problem.device.matrix_rows > 16 and parts > 1 and tier == "persistent"
+    wanted = problem.device.clusters if problem.clustered is None else problem.clustered
+    return (False, True) if able and wanted else (False,)
 
 
 def _teams(problem: _Problem, tier: str) -> tuple[tuple[int, int], ...]:
@@ -558,6 +589,9 @@ def _holds(problem: _Problem, tier: str) -> bool:
     return fits and tier == "persistent" and problem.device.arch == "sm_90" and TUNED
 
 
+#: Per cent of the multiprocessors that clusters surely find: those of one are of one part of the device (GPC), and what
+#: a part has beyond a multiple of them stays free. An estimate.
+CLUSTERED_PART = 85
 #: Columns of w_hh in registers, at most: 64 registers a thread, a quarter of all.
 HELD_COLUMNS = 256
 #: What a tile passes through on its way there, which is free again before the time loop.
@@ -565,9 +599,12 @@ HELD_SCRATCH = 24 << 10
 
 
 def _feasible(
-    problem: _Problem, tier: str, block_h: int, block_b: int, parts: int, num_warps: int, stages: int, held: int = 0
-) -> Iterator[RecurrentPlan]:
+    problem: _Problem, tier: str, block_h: int, block_b: int, parts: int, num_warps: int, stages: int, held: int = 0,
+    clustered: bool = False,
+) -> Iterator[RecurrentPlan]:  # fmt: skip
     device, hidden, sms = problem.device, problem.hidden, problem.device.sms
+    if clustered and device.arch != "emulated":
+        sms = CLUSTERED_PART * sms // 100
     element = problem.element * problem.pieces  # of an operand of the products
     forward = problem.direction == "forward"
     matrices = 2 if problem.stacked else 1  # of weights a block
@@ -602,7 +639,7 @@ def _feasible(
         rows = (4 if forward else parts) * block_h
         chunk_bytes = rows * block_k * element
         tile_bytes = block_k * block_b * element
-        scratch = rows * block_b * 4
+        scratch = rows * block_b * 4 + (8 * TAGGED_SLOTS * parts * block_h * block_b if clustered else 0)
         if tile_bytes < 16 * threads * problem.pieces and device.arch.startswith("sm_"):
             return  # a thread waits for whole runs of 16 bytes
         if parts == 8 and (depth * problem.element % 16 or cells < 1):
@@ -658,7 +695,7 @@ def _feasible(
         chunks, resident, poll, num_warps, n_blocks, n_tiles, n_tiles, shared, problem.save, cost=_NO_COST,
         max_registers=_max_registers(device, not forward and tier != "single" and cells > 2),
         amd=device.arch.startswith("gfx"), hoist=_hoists(problem, tier),
-        chains=problem.chains, stacked=problem.stacked, stages=stages, held=held,
+        chains=problem.chains, stacked=problem.stacked, stages=stages, held=held, clustered=clustered,
     )  # fmt: skip
     most = problem.chains if tier == "step" else min(problem.chains, sms // n_blocks)
     if problem.stacked and most < problem.chains:
@@ -717,6 +754,8 @@ def _cost(problem: _Problem, plan: RecurrentPlan) -> StepCost:
         taken = plan.parts * plan.block_h * rows * 8  # 64-bit words
         copied = max(taken / known.sm_l2_bytes_per_us, blocks * taken / device.l2_bytes_per_us)
         parts = known.parts_us + known.flag_us + known.l2_latency_us + copied
+        if plan.clustered:
+            parts = known.cluster_us + taken / known.cluster_bytes_per_us
     if problem.normed and plan.tier != "single":
         # Twice two numbers a row from every block.
         taken = -(-padded(problem.hidden) // plan.block_h) * 2 * rows * 8
@@ -766,9 +805,10 @@ def recurrent(
 
     ``direction`` is ``'forward'`` or ``'backward'``; ``overrides`` fixes fields of :class:`RecurrentPlan` (``tier``,
     ``protocol``, ``block_h``, ``block_b``, ``block_k``, ``num_warps``, backward ``parts``, ``at_once``, ``stages``,
-    ``held``, and after the choice ``resident``, ``poll``, ``n_groups``). ``chains``: so many recurrences side by side,
-    which need nothing of each other (directions, heads of H units); only plans that hold w_hh on chip, and those of one
-    step, know them. ``stacked``: they are layers instead, each of which reads the one before it, and all run at once.
+    ``held``, ``clustered``, and after the choice ``resident``, ``poll``, ``n_groups``). ``chains``: so many recurrences
+    side by side, which need nothing of each other (directions, heads of H units); only plans that hold w_hh on chip,
+    and those of one step, know them. ``stacked``: they are layers instead, each of which reads the one before it, and
+    all run at once.
     ``normed``: with layer normalisation.
     Raises :class:`PlanError` if nothing fits.
     """
@@ -804,6 +844,7 @@ def _recurrent(
     fixed = dict(overrides)
     if direction == "forward":
         fixed.pop("parts", None)
+        fixed.pop("clustered", None)
     block_k = fixed.pop("block_k", None)
     # A single step needs no exchange; every longer sequence is planned alike.
     asked = fixed.get("protocol")
@@ -811,7 +852,7 @@ def _recurrent(
     one_step = one_step and not normed
     problem = _Problem(
         direction, batch, hidden, dtype, _split(precision, hidden), device, save, one_step, block_k, protocols, chains,
-        stacked, normed, fixed.get("parts"), fixed.get("held"),
+        stacked, normed, fixed.get("parts"), fixed.get("held"), fixed.get("clustered"),
     )  # fmt: skip
     try:
         return _best(problem, tuple(sorted(fixed.items())))
@@ -961,7 +1002,7 @@ def _kib(size: int) -> int:
     return -(-size // 1024)
 
 
-CHOICES = ("tier", "protocol", "block_h", "block_b", "num_warps", "parts", "at_once", "stages", "held")
+CHOICES = ("tier", "protocol", "block_h", "block_b", "num_warps", "parts", "at_once", "stages", "held", "clustered")
 
 
 @functools.lru_cache(maxsize=4096)
