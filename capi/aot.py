@@ -430,7 +430,7 @@ def _predicted(
     device = dataclasses.replace(device, sms=sms, l2_bytes_per_us=l2)
     problem = plan._Problem(chosen.direction, rows, chosen.hidden, chosen.dtype, chosen.precision, device, chosen.save,
                             one_step)  # fmt: skip
-    return plan._cost(problem, dataclasses.replace(chosen, n_groups=groups)).total
+    return plan._cost(problem, dataclasses.replace(chosen, n_groups=groups, tile_rows=chosen.block_b)).total
 
 
 def rebatched(chosen: RecurrentPlan, device: Device, batch: int, one_step: bool) -> RecurrentPlan | None:
@@ -439,9 +439,12 @@ def rebatched(chosen: RecurrentPlan, device: Device, batch: int, one_step: bool)
         return None
     if chosen.shared_bytes > device.shared_bytes or (chosen.tier != "step" and chosen.n_blocks > device.sms):
         return None
-    n_tiles = -(-batch // chosen.block_b)
+    rows = chosen.block_b
+    if chosen.tier in ("persistent", "streaming"):
+        rows = plan.tile_rows(batch, chosen.block_b, device.sms // chosen.n_blocks)
+    n_tiles = -(-batch // rows)
     n_groups = n_tiles if chosen.tier == "step" else min(n_tiles, device.sms // chosen.n_blocks)
-    there = dataclasses.replace(chosen, n_tiles=n_tiles, n_groups=n_groups)
+    there = dataclasses.replace(chosen, n_tiles=n_tiles, n_groups=n_groups, tile_rows=rows)
     problem = plan._Problem(chosen.direction, batch, chosen.hidden, chosen.dtype, chosen.precision, device, chosen.save,
                             one_step)  # fmt: skip
     return dataclasses.replace(there, cost=plan._cost(problem, there))

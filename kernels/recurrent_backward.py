@@ -121,7 +121,8 @@ def _sum(tiles, COUNT: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=[
-    "T", "B", "grad_out_stride_t", "grad_out_stride_b", "step_begin", "step_end", "reverse", "n_tiles", "spin_limit"
+    "T", "B", "grad_out_stride_t", "grad_out_stride_b", "step_begin", "step_end", "reverse", "n_tiles", "tile_rows",
+    "spin_limit",
 ])  # fmt: skip
 def recurrent_backward(
     # With CHAINS, [T, B, …] are [T, B, CHAINS, …] and the others but lengths are [CHAINS, …].
@@ -146,6 +147,7 @@ def recurrent_backward(
     step_end,
     reverse,
     n_tiles,
+    tile_rows,  # sequences of a tile, at most BLOCK_B
     spin_limit,
     H: tl.constexpr,
     HX: tl.constexpr,
@@ -293,12 +295,13 @@ def recurrent_backward(
     turn = tl.full((), 0, tl.int32)
     alive = tl.full((), 1, tl.int32)
     for tile in range(group, n_tiles, tl.num_programs(1)):
-        # What lies beyond the batch has the addresses of its last row and is not stored.
-        b = tile * BLOCK_B + tl.arange(0, BLOCK_B)
-        exists = b < B
-        b = tl.minimum(b, B - 1)
-        b_of_cell = layout.batch_of_cells(tile * BLOCK_B, BLOCK_B)
-        in_batch = b_of_cell < B
+        # What lies beyond the tile's rows has the addresses of the last one and is not stored.
+        tile_end = tl.minimum((tile + 1) * tile_rows, B)
+        b = tile * tile_rows + tl.arange(0, BLOCK_B)
+        exists = b < tile_end
+        b = tl.minimum(b, tile_end - 1)
+        b_of_cell = layout.batch_of_cells(tile * tile_rows, BLOCK_B)
+        in_batch = b_of_cell < tile_end
         inside = (unit_of_cell < H) & in_batch
         stored = (unit_of_cell < HX) & in_batch
         in_gates = tl.expand_dims(stored, 3) & (gate < 4)
@@ -471,7 +474,7 @@ def recurrent_backward(
                     slot = turn % exchange.TAGGED_SLOTS * slot_words
                     if PROTOCOL == exchange.COUNTER:
                         acc = tl.where(alive > 0, acc, float("nan"))
-                    sent = (team_begin + team_row < HX) & (tile * BLOCK_B + sequence < B)
+                    sent = (team_begin + team_row < HX) & (tile * tile_rows + sequence < tile_end)
                     exchange.publish_tagged(send_at + slot, acc, turn, sent, AMD, WARPS, CLUSTER)
                     parts = exchange.receive_tagged(
                         take_at + slot, stored, turn, parts_mark, status_ptr, step, spin_limit, OWN, PARTS, AMD, WARPS,

@@ -73,7 +73,7 @@ def _add_below(
     return acc
 
 
-@triton.jit(do_not_specialize=["T", "B", "step_begin", "step_end", "reverse", "n_tiles", "spin_limit"])
+@triton.jit(do_not_specialize=["T", "B", "step_begin", "step_end", "reverse", "n_tiles", "tile_rows", "spin_limit"])
 def recurrent_forward(
     # With CHAINS, [T, B, …] are [T, B, CHAINS, …] and the others but lengths are [CHAINS, …].
     gates_ptr,  # [T, B, HX, 4]; in: input products with bias; out, if SAVE: activated gates
@@ -94,6 +94,7 @@ def recurrent_forward(
     step_end,
     reverse,
     n_tiles,
+    tile_rows,  # sequences of a tile, at most BLOCK_B
     spin_limit,
     H: tl.constexpr,
     HX: tl.constexpr,
@@ -210,12 +211,13 @@ def recurrent_forward(
 
     alive = tl.full((), 1, tl.int32)
     for tile in range(group, n_tiles, tl.num_programs(1)):
-        # What lies beyond the batch has the addresses of its last row and is not stored.
-        b = tile * BLOCK_B + tl.arange(0, BLOCK_B)
-        exists = b < B
-        b = tl.minimum(b, B - 1)
-        b_of_cell = layout.batch_of_cells(tile * BLOCK_B, BLOCK_B)
-        in_batch = b_of_cell < B
+        # What lies beyond the tile's rows has the addresses of the last one and is not stored.
+        tile_end = tl.minimum((tile + 1) * tile_rows, B)
+        b = tile * tile_rows + tl.arange(0, BLOCK_B)
+        exists = b < tile_end
+        b = tl.minimum(b, tile_end - 1)
+        b_of_cell = layout.batch_of_cells(tile * tile_rows, BLOCK_B)
+        in_batch = b_of_cell < tile_end
         inside = (unit_of_cell < H) & in_batch
         stored = (unit_of_cell < HX) & in_batch
         stored_pairs = (pair_of_cell < HX // 2) & in_batch

@@ -137,12 +137,14 @@ def test_what_a_device_loads_and_launches(world: World, capability: tuple[int, i
         assert (launched.x, launched.y, launched.threads) == (best.n_blocks, best.n_groups, 32 * best.num_warps)
         assert (launched.shared, launched.cooperative) == (image.shared_bytes, 1)
         arguments = world.arguments_of(launched)
-        assert {n: arguments[n] for n in ("T", "B", "step_begin", "step_end", "reverse", "n_tiles", "spin_limit")} == {
+        sizes = {
             "T": T, "B": 50, "step_begin": 0, "step_end": T, "reverse": 0, "n_tiles": best.n_tiles,
-            "spin_limit": best.spin_limit,
+            "tile_rows": best.tile_rows, "spin_limit": best.spin_limit,
         }  # fmt: skip
+        assert {name: arguments[name] for name in sizes} == sizes
         assert f"{name}: {best.tier}, exchange flag, {best.n_blocks} blocks of {best.block_h} units" in text
-        assert f"x {best.n_groups} groups, {best.n_tiles} batch tiles of {best.block_b}" in text
+        rows = f"{best.tile_rows} in {best.block_b}" if best.tile_rows < best.block_b else best.block_b
+        assert f"x {best.n_groups} groups, {best.n_tiles} batch tiles of {rows}" in text
 
 
 def test_a_device_too_small_for_an_exchange_runs_step_by_step(world: World) -> None:

@@ -215,6 +215,16 @@ def test_sixteen_bit_types(world: World, dtype: torch.dtype) -> None:
     assert {kernel.plan.tier for kernel in world.ran if kernel.plan} == {"single"}
 
 
+def test_more_batch_tiles_than_tiles_of_16(tmp_path: Path) -> None:
+    """Tiles of 8 sequences: what a launch begins with must not reach what lies behind it, the padded x for one."""
+    case = Case(dtype=torch.float16, h=64, batch=17, both=True, steps=2, sms=8)
+    world, problem = World(tmp_path, "sm_90,fp16,H64"), Problem(case)
+    found = problem.by_library(world)
+    assert_within_budget(found, problem.by_torch(torch.float64), problem.by_torch(torch.float16), torch.float16)
+    plans = [kernel.plan for kernel in world.ran if kernel.plan]
+    assert {plan.block_b for plan in plans if plan.tier == "persistent"} == {8}
+
+
 def test_numpy_reference_and_arrays_that_are_aligned_to_an_element_only(world: World) -> None:
     problem = Problem(Case(h=32, d=8))
     weights = [w.double().numpy() for w in problem.weights()]

@@ -171,7 +171,8 @@ def test_no_size_or_stride_is_compiled_in() -> None:
             if name in names:
                 assert (kind, value) == ("i32", None), name
     assert seen == {
-        "T", "B", "step_begin", "step_end", "reverse", "n_tiles", "spin_limit", "rows", "x_stride_t", "x_stride_b",
+        "T", "B", "step_begin", "step_end", "reverse", "n_tiles", "tile_rows", "spin_limit", "rows", "x_stride_t",
+        "x_stride_b",
         "grad_out_stride_t", "grad_out_stride_b",
     }  # fmt: skip
 

@@ -23,7 +23,7 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 #: Options of the emulator that are overrides of a plan.
 PLANNED = ("tier", "protocol", "block_h", "block_b", "block_k", "parts", "poll", "resident", "stages", "held",
-           "clustered")  # fmt: skip
+           "clustered", "tile_rows")  # fmt: skip
 NAMES = ("out", "h_n", "c_n", "x", "w_ih", "w_hh", "b", "h0", "c0")
 
 
@@ -210,6 +210,10 @@ PATHS: dict[str, tuple[tuple[int, int, int, int], dict[str, Any]]] = {
     "a team of eight blocks of 16 units": (
         (2, 17, 5, 80),
         {"tier": "persistent", "block_h": 16, "parts": 8, "sms": 8},
+    ),
+    "5 sequences in a tile of 16": (
+        (3, 23, 5, 40),
+        {"tier": "persistent", "tile_rows": 5, "block_b": 16, "block_h": 32, "sms": 6},
     ),
     "two clusters of four": ((3, 20, 5, 70), {"tier": "persistent", "clustered": True, "block_h": 16, "sms": 16}),
     "two clusters of eight, counter": (

@@ -57,7 +57,8 @@ def test_cost_of_a_backward_step_under_the_counter_protocol() -> None:
     """H=512, B=16 in fp16 on an A100: 32 blocks of 16 units in teams of 4, one group. 1.41 GHz, 1024 multiply-adds a
     clock."""
     p = plan.recurrent("backward", 512, 16, 512, FP16, plan.DEVICES["sm_80"], overrides={
-        "tier": "persistent", "protocol": "counter", "block_h": 16, "block_b": 16, "block_k": 256})  # fmt: skip
+        "tier": "persistent", "protocol": "counter", "block_h": 16, "block_b": 16, "block_k": 256,
+        "tile_rows": 0})  # fmt: skip
     assert (p.n_blocks, p.parts, p.n_groups, p.n_tiles, p.chunks, p.resident) == (32, 4, 1, 1, 2, 2)
     cost = p.cost
     assert cost.hand_off == 1.0
@@ -79,7 +80,7 @@ def test_teams_of_eight_read_and_multiply_half_as_much() -> None:
     p = plan.recurrent("backward", 1024, 16, 768, FP16, plan.DEVICES["sm_90"], overrides={"held": 0})
     assert (p.tier, p.n_blocks, p.block_h, p.parts, p.block_b, p.num_warps) == ("persistent", 96, 8, 8, 16, 4)
     four = plan.recurrent("backward", 1024, 16, 768, FP16, plan.DEVICES["sm_90"], overrides={
-        "tier": "persistent", "block_h": 16, "parts": 4, "block_b": 16, "held": 0})  # fmt: skip
+        "tier": "persistent", "block_h": 16, "parts": 4, "block_b": 16, "held": 0, "tile_rows": 0})  # fmt: skip
     assert four.n_blocks == 48
     # An eighth of 16 rows of 4 * 768 gate gradients, and a quarter.
     assert p.cost.copy == pytest.approx(0.108 + 12288 / 46.7e3)
@@ -201,7 +202,8 @@ def test_a_plan_exists_and_fits_the_device(problem: tuple[Any, ...]) -> None:
     covered = p.n_blocks * p.block_h
     assert covered >= hidden
     assert covered - p.block_h * p.parts < plan.padded(hidden) or p.tier == "single"
-    assert (p.n_tiles - 1) * p.block_b < batch <= p.n_tiles * p.block_b
+    assert 1 <= p.tile_rows <= p.block_b
+    assert (p.n_tiles - 1) * p.tile_rows < batch <= p.n_tiles * p.tile_rows
     assert 1 <= p.n_groups <= p.n_tiles
     # Blocks that wait for one another must all be resident.
     if p.protocol != "none":
@@ -344,6 +346,56 @@ def test_reasons_against_a_tier(length: int, hidden: int, tier: str, words: str)
     told = plan.tiers("forward", length, 32, hidden, BF16, H100)[tier]
     assert isinstance(told, str)
     assert told.startswith(words)
+
+
+# Rows of a tile
+
+
+@pytest.mark.parametrize(
+    ("batch", "places", "groups", "rows"),
+    [
+        (16, 16, 1, 16),
+        (16, 16, 2, 8),  # two groups of blocks find room: each has half
+        (20, 16, 3, 7),
+        (20, 16, 1, 10),  # one group walks two tiles, alike
+        (5, 16, 8, 1),
+        (1, 16, 8, 1),
+        (64, 16, 4, 16),
+        (65, 16, 4, 9),  # two turns of four tiles
+        (1000, 32, 3, 31),
+    ],
+)
+def test_a_batch_is_dealt_out_to_all_groups_alike(batch: int, places: int, groups: int, rows: int) -> None:
+    assert plan.tile_rows(batch, places, groups) == rows
+    turns = -(-batch // (places * groups))
+    assert -(-batch // rows) <= groups * turns
+
+
+def test_who_has_fewer_rows_reads_less() -> None:
+    """H=768, B=16 in fp16 on an H100: of 132 multiprocessors 96, in two groups of 48 blocks."""
+    fixed = ("forward", 1024, 16, 768, FP16, plan.DEVICES["sm_90"])
+    p, full = plan.recurrent(*fixed), plan.recurrent(*fixed, overrides={"tile_rows": 0})
+    assert (p.block_b, p.tile_rows, p.n_tiles, p.n_groups) == (16, 8, 2, 2)
+    assert (full.block_b, full.tile_rows, full.n_tiles, full.n_groups) == (16, 16, 1, 1)
+    assert full.cost.copy - p.cost.copy == pytest.approx(8 * 768 * 2 / 46.7e3)
+    assert full.us_per_step - p.us_per_step == pytest.approx(8 * 768 * 2 / 46.7e3)
+    # The same kernel: how many rows a tile has is no constant of it.
+    assert p.constants == full.constants
+    assert p.launch({}).arguments == {"n_tiles": 2, "tile_rows": 8, "spin_limit": plan.SPIN_LIMIT}
+    assert "2 batch tiles of 8 in 16," in p.describe()
+    asked = plan.recurrent(*fixed, overrides={"tile_rows": 5, "block_b": 16})
+    assert (asked.tile_rows, asked.n_tiles) == (5, 4)
+    with pytest.raises(plan.PlanError, match="no forward kernel"):
+        plan.recurrent(*fixed, overrides={"tile_rows": 33})
+
+
+def test_layers_of_a_pipeline_leave_each_other_room() -> None:
+    """Four layers of H=1024 and B=16 in fp16: two of 64 blocks find room beside each other, whole batches each."""
+    device = plan.DEVICES["sm_90"]
+    way = plan.together(1024, 16, 4, 1024, FP16, device, training=False)
+    assert way.way == "pipeline"
+    p = plan.recurrent("forward", 1024, 16, 1024, FP16, device, save=False, overrides=plan.FULL_TILES)
+    assert 2 * p.n_blocks * p.n_groups <= device.sms
 
 
 # Clusters

@@ -133,7 +133,7 @@ def recurrent_launch(chosen: RecurrentPlan, lengths: bool = False, variant: str 
             given[name] = _meta(torch.int64, 1) if chosen.parts > 1 and not chosen.clustered else None
         elif name.endswith("_ptr"):
             given[name] = single if name in fp32 else value
-        elif name not in chosen.constants and name not in {"n_tiles", "spin_limit"}:
+        elif name not in chosen.constants and name not in {"n_tiles", "tile_rows", "spin_limit"}:
             given[name] = 3
     return chosen.launch(given | added)
 

@@ -39,7 +39,8 @@ def forward(
     layers, _, size = w_hh.shape
     width = padded(size)
     device, precision = plan.device_of(x), plan.dot_precision(x)
-    chosen = plan.recurrent("forward", length, batch, size, x.dtype, device, precision, save, layer._overrides())
+    overrides = {**layer._overrides(), **plan.FULL_TILES}
+    chosen = plan.recurrent("forward", length, batch, size, x.dtype, device, precision, save, overrides)
     separate = width != size
     chosen = layer._with_cell(chosen, PLAIN, SEPARATE_OUT=separate)
     hidden = layer._exchange_buffer((layers, length, batch, width), x, chosen.protocol)
@@ -107,7 +108,8 @@ def backward(
     layers, _, size = w_hh.shape
     width = padded(size)
     device, precision = plan.device_of(x), plan.dot_precision(x)
-    chosen = plan.recurrent("backward", length, batch, size, x.dtype, device, precision, True, layer._overrides())
+    overrides = {**layer._overrides(), **plan.FULL_TILES}
+    chosen = plan.recurrent("backward", length, batch, size, x.dtype, device, precision, True, overrides)
     grad_gates = layer._exchange_buffer((layers, length, batch, 4 * width), x, chosen.protocol)
     grad_c0 = torch.empty((layers, batch, size), dtype=torch.float32, device=x.device)
     grads = x.new_empty(layers - 1, length, batch, size)  # of the outputs between layers

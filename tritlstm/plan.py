@@ -203,6 +203,8 @@ SHARED_BYTES_PER_CLOCK = 128
 #: predicted without; 9.7 and 19.4 of these were for streaming.
 TRANSPOSED = 3.6
 HOST_LAUNCH_US = 30.0  # what Python takes for one
+#: Override of the plans of a pipeline of layers.
+FULL_TILES = {"tile_rows": 0}
 #: Steps of a chunk of a pipeline of layers, at least.
 SHORTEST_CHUNK = 16
 
@@ -243,6 +245,7 @@ class RecurrentPlan:
     stages: int = 1  # of the loop over streamed chunks: above 1 the compiler copies them ahead
     held: int = 0  # of the resident chunks, in registers
     clustered: bool = False  # a team is a thread-block cluster
+    tile_rows: int = 0  # sequences of a batch tile, at most block_b
 
     @property
     def cluster_bytes(self) -> int:
@@ -299,7 +302,7 @@ class RecurrentPlan:
 
     def launch(self, arguments: dict[str, Any], chains: int | None = None) -> Launch:
         """The launch with its tensors and sizes filled in; of ``chains``, if that is fewer than ``at_once``."""
-        own = {"n_tiles": self.n_tiles, "spin_limit": self.spin_limit}
+        own = {"n_tiles": self.n_tiles, "tile_rows": self.tile_rows, "spin_limit": self.spin_limit}
         grid: tuple[int, ...] = (self.n_blocks, self.n_groups)
         if self.chains > 1:
             grid = (*grid, chains or self.at_once)
@@ -330,11 +333,12 @@ class RecurrentPlan:
         held = f", {self.held} of them in registers" if self.held else ""
         on_chip = f"{self.resident}/{self.chunks} chunks of w_hh on chip{held}"
         teams = f" in {'clusters' if self.clustered else 'teams'} of {self.parts}" if self.parts > 1 else ""
+        rows = f"{self.tile_rows} in {self.block_b}" if self.tile_rows < self.block_b else f"{self.block_b}"
         what = "layers" if self.stacked else "chains"
         chains = f" x {self.at_once} of {self.chains} {what}" if self.chains > 1 else ""
         return (
             f"{self.tier}, exchange {self.protocol}, {self.n_blocks} blocks of {self.block_h} units{teams} x "
-            f"{self.n_groups} groups{chains}, {self.n_tiles} batch tiles of {self.block_b}, {on_chip}, "
+            f"{self.n_groups} groups{chains}, {self.n_tiles} batch tiles of {rows}, {on_chip}, "
             f"{self.num_warps} warps"
         )
 
@@ -369,6 +373,7 @@ class _Problem:
     parts: int | None = None
     held: int | None = None
     clustered: bool | None = None
+    tile_rows: int | None = None  # 0: as many as the tile has places
 
     @property
     def element(self) -> int:
@@ -598,6 +603,15 @@ HELD_COLUMNS = 256
 HELD_SCRATCH = 24 << 10
 
 
+def tile_rows(batch: int, places: int, groups: int) -> int:
+    """Sequences of a tile that has so many places, where so many groups of blocks find room.
+
+    Who has fewer reads less in every step, so the batch is dealt out to all groups alike.
+    """
+    turns = math.ceil(math.ceil(batch / places) / groups)
+    return math.ceil(batch / min(batch, groups * turns))
+
+
 def _feasible(
     problem: _Problem, tier: str, block_h: int, block_b: int, parts: int, num_warps: int, stages: int, held: int = 0,
     clustered: bool = False,
@@ -690,6 +704,8 @@ def _feasible(
         shared = (resident * matrices - held) * chunk_bytes + beside + scratch
         if held:
             shared = max(shared, HELD_SCRATCH)
+    if problem.tile_rows is not None and problem.tile_rows > block_b:
+        return
     plan = RecurrentPlan(
         problem.direction, tier, "none", hidden, problem.dtype, problem.precision, block_h, block_b, block_k, parts,
         chunks, resident, poll, num_warps, n_blocks, n_tiles, n_tiles, shared, problem.save, cost=_NO_COST,
@@ -702,8 +718,16 @@ def _feasible(
         return
     for protocol in ("none",) if tier in ("single", "step") else problem.protocols:
         for at_once in {most} if problem.stacked else {1, most}:
-            n_groups = n_tiles if tier == "step" else min(n_tiles, sms // (n_blocks * at_once))
-            chosen = dataclasses.replace(plan, protocol=protocol, at_once=at_once, n_groups=n_groups)
+            most_groups = n_tiles if tier == "step" else sms // (n_blocks * at_once)
+            rows = problem.tile_rows or block_b
+            # A single block and one step's launches read no more for more rows; the emulator has too few processors.
+            if problem.tile_rows is None and tier in ("persistent", "streaming") and device.arch != "emulated":
+                rows = tile_rows(problem.batch, block_b, most_groups)
+            tiles = -(-problem.batch // rows)
+            groups = min(tiles, most_groups)
+            chosen = dataclasses.replace(
+                plan, protocol=protocol, at_once=at_once, tile_rows=rows, n_tiles=tiles, n_groups=groups
+            )
             yield dataclasses.replace(chosen, cost=_cost(problem, chosen))
 
 
@@ -717,7 +741,7 @@ def _cost(problem: _Problem, plan: RecurrentPlan) -> StepCost:
     blocks = plan.n_blocks * plan.n_groups * plan.at_once
     waves = math.ceil(blocks / device.sms)
     blocks = min(blocks, device.sms)
-    rows = min(plan.block_b, problem.batch)
+    rows = min(plan.tile_rows, problem.batch)
     clock = device.clock_ghz * 1e3
     depth = problem.depth
     weight_bytes = plan.block_h * 4 * problem.hidden * element
@@ -805,10 +829,10 @@ def recurrent(
 
     ``direction`` is ``'forward'`` or ``'backward'``; ``overrides`` fixes fields of :class:`RecurrentPlan` (``tier``,
     ``protocol``, ``block_h``, ``block_b``, ``block_k``, ``num_warps``, backward ``parts``, ``at_once``, ``stages``,
-    ``held``, ``clustered``, and after the choice ``resident``, ``poll``, ``n_groups``). ``chains``: so many recurrences
-    side by side, which need nothing of each other (directions, heads of H units); only plans that hold w_hh on chip,
-    and those of one step, know them. ``stacked``: they are layers instead, each of which reads the one before it, and
-    all run at once.
+    ``held``, ``clustered``, ``tile_rows``, of which 0 is full tiles, and after the choice ``resident``, ``poll``,
+    ``n_groups``). ``chains``: so many recurrences side by side, which need nothing of each other (directions, heads of
+    H units); only plans that hold w_hh on chip, and those of one step, know them. ``stacked``: they are layers instead,
+    each of which reads the one before it, and all run at once.
     ``normed``: with layer normalisation.
     Raises :class:`PlanError` if nothing fits.
     """
@@ -845,14 +869,14 @@ def _recurrent(
     if direction == "forward":
         fixed.pop("parts", None)
         fixed.pop("clustered", None)
-    block_k = fixed.pop("block_k", None)
+    block_k, rows = fixed.pop("block_k", None), fixed.pop("tile_rows", None)
     # A single step needs no exchange; every longer sequence is planned alike.
     asked = fixed.get("protocol")
     protocols = (asked,) if asked in ("flag", "counter") else ("flag",)
     one_step = one_step and not normed
     problem = _Problem(
         direction, batch, hidden, dtype, _split(precision, hidden), device, save, one_step, block_k, protocols, chains,
-        stacked, normed, fixed.get("parts"), fixed.get("held"), fixed.get("clustered"),
+        stacked, normed, fixed.get("parts"), fixed.get("held"), fixed.get("clustered"), rows,
     )  # fmt: skip
     try:
         return _best(problem, tuple(sorted(fixed.items())))
@@ -902,13 +926,15 @@ def _together(
     directions = ("forward", "backward") if training else ("forward",)
     fixed = (length, batch, hidden, dtype, device, precision, training, dict(overrides))
     alone = [recurrent(direction, *fixed) for direction in directions]
+    # Full tiles: a batch that is dealt out to all multiprocessors leaves none for another layer.
+    full = [recurrent(d, *fixed[:-1], {**fixed[-1], **FULL_TILES}) for d in directions]
     apart = Together("apart", 1, layers * sum(plan.cost_of(length) for plan in alone))
     ways = [apart]
     if layers > 1 and length > 1:
         with contextlib.suppress(PlanError):
             waves = [recurrent(direction, *fixed, layers, stacked=True) for direction in directions]
             ways.append(Together("wavefront", 1, sum(plan.cost_of(length) for plan in waves)))
-        ways.append(_pipeline(alone, length, layers, device, *costs))
+        ways.append(_pipeline(full, length, layers, device, *costs))
     return min(ways, key=lambda way: way.us)
 
 

@@ -517,7 +517,7 @@ static void lay_out_reserve(const network *n, int64_t T, int64_t B, arena *a, re
 static void lay_out_common(const network *n, int64_t T, int64_t B, arena *a, scratch *s)
 {
     s->lengths = part(a, B, 1, 1, 4);
-    s->counter = part(a, divide_up(B, 16), COUNTER_WORDS, 1, 4);
+    s->counter = part(a, B, COUNTER_WORDS, 1, 4);
     s->x = part(a, T * B, n->D, 1, n->item);
     s->h0 = part(a, B, n->W, 1, n->item);
     s->h_n = part(a, B, n->H, 1, n->item);
@@ -699,9 +699,10 @@ static void recur(call *c, int kind, int save, cuda_arguments *g, cuda_pointer e
     job *j = &c->j;
     const network *n = j->n;
     const tritlstm_cuda_kernel *kernel = choose(n, kind, save, c->T, c->B);
-    int64_t tiles = divide_up(c->B, kernel->columns), groups = tritlstm_cuda_groups(kernel, n->device->limits.sms, c->B);
+    int sms = n->device->limits.sms, counts = kernel->protocol == PROTOCOL_counter;
+    int64_t tiles = tritlstm_cuda_tiles(kernel, sms, c->B), groups = tritlstm_cuda_groups(kernel, sms, c->B);
     if (kernel->protocol == PROTOCOL_flag) fill(j, exchanged, UINT32_MAX, (size_t)(c->rows * width) * n->item);
-    if (kernel->protocol != PROTOCOL_none) fill(j, c->s.counter, 0, (size_t)tiles * COUNTER_WORDS * 4);
+    if (kernel->protocol != PROTOCOL_none) fill(j, c->s.counter, 0, (size_t)(counts ? tiles : 1) * COUNTER_WORDS * 4);
     if (kernel->parts > 1) fill(j, c->s.parts, 0, c->s.parts_bytes);
     give(g, PARAMETER_parts_ptr, c->s.parts);
     give(g, PARAMETER_counter_ptr, c->s.counter);
@@ -711,6 +712,7 @@ static void recur(call *c, int kind, int save, cuda_arguments *g, cuda_pointer e
     give_size(j, g, PARAMETER_B, c->B);
     give(g, PARAMETER_reverse, (uint64_t)reverse);
     give_size(j, g, PARAMETER_n_tiles, tiles);
+    give_size(j, g, PARAMETER_tile_rows, tritlstm_cuda_tile_rows(kernel, sms, c->B));
     give(g, PARAMETER_spin_limit, (uint64_t)tritlstm_spin_limit);
     int64_t each = kernel->tier == TIER_step ? 1 : c->T;
     for (int64_t step = 0; step < c->T && !j->status; step += each) {
@@ -1242,11 +1244,13 @@ static void say_kernel(text *t, const network *n, const char *what, int kind, in
     static const char *const protocols[] = {"none", "counter", "flag"};
     const tritlstm_cuda_limits *limits = &n->limits;
     const tritlstm_cuda_kernel *k = choose(n, kind, save, T, B);
-    int64_t groups = tritlstm_cuda_groups(k, limits->sms, B);
+    int64_t groups = tritlstm_cuda_groups(k, limits->sms, B), rows = tritlstm_cuda_tile_rows(k, limits->sms, B);
     say(t, "%s: %s, exchange %s, %d blocks of %d units", what, tiers[k->tier], protocols[k->protocol], (int)k->n_blocks,
         (int)k->rows);
     if (k->parts > 1) say(t, " in teams of %d", (int)k->parts);
-    say(t, " x %" PRId64 " groups, %" PRId64 " batch tiles of %d, ", groups, divide_up(B, k->columns), (int)k->columns);
+    say(t, " x %" PRId64 " groups, %" PRId64 " batch tiles of ", groups, tritlstm_cuda_tiles(k, limits->sms, B));
+    if (rows < k->columns) say(t, "%" PRId64 " in ", rows);
+    say(t, "%d, ", (int)k->columns);
     if (k->tier == TIER_single) say(t, "all of w_hh on chip, ");
     else say(t, "%d/%d chunks of w_hh on chip, ", (int)k->resident, (int)k->chunks);
     say(t, "%d warps, %u bytes of shared memory; %.2f us a step predicted, not measured\n", (int)k->warps, k->shared,

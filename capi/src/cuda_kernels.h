@@ -9,10 +9,11 @@
 #define TRITLSTM_CUDA_PARAMETERS(X)                                                                                  \
     X(gates_ptr) X(w_ptr) X(h0_ptr) X(c0_ptr) X(lengths_ptr) X(exchange_ptr) X(out_ptr) X(cells_ptr) X(h_n_ptr)      \
     X(c_n_ptr) X(counter_ptr) X(status_ptr) X(grad_out_ptr) X(grad_h_n_ptr) X(grad_c_n_ptr) X(grad_gates_ptr)        \
-    X(parts_ptr) X(grad_c_ptr) X(T) X(B) X(step_begin) X(step_end) X(reverse) X(n_tiles) X(spin_limit) X(grad_out_stride_t)       \
-    X(grad_out_stride_b) X(a_ptr) X(b_ptr) X(bias_ptr) X(c_ptr) X(M) X(N) X(K) X(a_stride) X(b_stride) X(c_stride)   \
-    X(biased) X(accumulate) X(source_ptr) X(target_ptr) X(h_ptr) X(W) X(n0) X(n1) X(n2) X(valid0) X(valid1)          \
-    X(valid2) X(source_stride0) X(source_stride1) X(target_stride0) X(target_stride1)
+    X(parts_ptr) X(grad_c_ptr) X(T) X(B) X(step_begin) X(step_end) X(reverse) X(n_tiles) X(tile_rows)                \
+    X(spin_limit) X(grad_out_stride_t) X(grad_out_stride_b) X(a_ptr) X(b_ptr) X(bias_ptr) X(c_ptr) X(M) X(N)         \
+    X(K) X(a_stride) X(b_stride) X(c_stride) X(biased) X(accumulate) X(source_ptr) X(target_ptr) X(h_ptr) X(W)       \
+    X(n0) X(n1) X(n2) X(valid0) X(valid1) X(valid2) X(source_stride0) X(source_stride1) X(target_stride0)            \
+    X(target_stride1)
 
 #define TRITLSTM_CUDA_NAME(name) PARAMETER_##name,
 enum { TRITLSTM_CUDA_PARAMETERS(TRITLSTM_CUDA_NAME) PARAMETERS };

@@ -45,9 +45,24 @@ int tritlstm_cuda_hidden(const tritlstm_cuda_family *family, int dtype, int64_t 
 
 static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+/* As plan.tile_rows: the batch is dealt out to all groups of blocks alike where blocks read less for fewer rows. */
+int64_t tritlstm_cuda_tile_rows(const tritlstm_cuda_kernel *kernel, int sms, int64_t batch)
+{
+    int64_t groups = sms / kernel->n_blocks, turns, tiles;
+    if (kernel->tier == TIER_single || kernel->tier == TIER_step) return kernel->columns;
+    turns = divide_up(divide_up(batch, kernel->columns), groups);
+    tiles = batch < groups * turns ? batch : groups * turns;
+    return divide_up(batch, tiles);
+}
+
+int64_t tritlstm_cuda_tiles(const tritlstm_cuda_kernel *kernel, int sms, int64_t batch)
+{
+    return divide_up(batch, tritlstm_cuda_tile_rows(kernel, sms, batch));
+}
+
 int64_t tritlstm_cuda_groups(const tritlstm_cuda_kernel *kernel, int sms, int64_t batch)
 {
-    int64_t tiles = divide_up(batch, kernel->columns), most = sms / kernel->n_blocks;
+    int64_t tiles = tritlstm_cuda_tiles(kernel, sms, batch), most = sms / kernel->n_blocks;
     return kernel->tier == TIER_step || tiles < most ? tiles : most;
 }
 
@@ -55,9 +70,10 @@ double tritlstm_cuda_predicted(const tritlstm_cuda_kernel *kernel, const tritlst
                                int one_step)
 {
     const double *c = kernel->cost;
-    int64_t tiles = divide_up(batch, kernel->columns), groups = tritlstm_cuda_groups(kernel, limits->sms, batch);
+    int64_t tiles = tritlstm_cuda_tiles(kernel, limits->sms, batch);
+    int64_t each = tritlstm_cuda_tile_rows(kernel, limits->sms, batch), groups = tritlstm_cuda_groups(kernel, limits->sms, batch);
     int64_t blocks = kernel->n_blocks * groups, waves = divide_up(blocks, limits->sms);
-    double rows = (double)(batch < kernel->columns ? batch : kernel->columns);
+    double rows = (double)(batch < each ? batch : each);
     if (blocks > limits->sms) blocks = limits->sms;
     double q = 1 / limits->family->sm_l2_bytes_per_us, shared_q = (double)blocks / limits->family->l2_bytes_per_us;
     if (q < shared_q) q = shared_q;

@@ -18,6 +18,9 @@ const tritlstm_cuda_family *tritlstm_cuda_family_for(int major, int minor);
 int tritlstm_cuda_hidden(const tritlstm_cuda_family *family, int dtype, int64_t hidden);
 
 /* Groups that share the batch tiles: tile g is of group g modulo this many. */
+/* Sequences of a batch tile, how many tiles there are, and how many of them are walked at the same time. */
+int64_t tritlstm_cuda_tile_rows(const tritlstm_cuda_kernel *kernel, int sms, int64_t batch);
+int64_t tritlstm_cuda_tiles(const tritlstm_cuda_kernel *kernel, int sms, int64_t batch);
 int64_t tritlstm_cuda_groups(const tritlstm_cuda_kernel *kernel, int sms, int64_t batch);
 
 /* µs of a step of the whole batch, as the planner predicts. */
