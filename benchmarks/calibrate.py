@@ -74,6 +74,8 @@ def settings(clusters: bool = False) -> Iterator[Setting]:
     for direction in ("forward", "backward"):
         for batch, hidden in sizes:
             yield Setting(direction, batch, hidden, half)
+            # More cells a thread, and more rows to read.
+            yield Setting(direction, batch, hidden, half, (("tile_rows", 0),))
         for batch, hidden in sizes[::3]:
             yield Setting(direction, batch, hidden, single)
         for hidden in (256, 512, 1024):

@@ -114,6 +114,7 @@ def recurrent_forward(
     # Off by default, and then without a trace in the compiled kernel:
     HOIST: tl.constexpr = False,  # let the compiler move what does not change out of the time loop
     HELD: tl.constexpr = 0,  # of the resident chunks, in registers; the others in shared memory
+    HALF: tl.constexpr = False,  # tile_rows <= BLOCK_B / 2, and the places beyond have no cells
     STAGES: tl.constexpr = 1,  # of the loop over streamed chunks; above 1 the compiler copies weights ahead
     CHAINS: tl.constexpr = 1,  # recurrences side by side, of which the last `reverse` walk in reverse
     cuts_ptr=None,  # [T, B] int32: whether the state is zeroed before the step
@@ -144,6 +145,7 @@ def recurrent_forward(
     EXACT: tl.constexpr = WORD == 1
     STAY: tl.constexpr = not HOIST
     ROW: tl.constexpr = CHAINS * HX
+    CELL_B: tl.constexpr = BLOCK_B // 2 if HALF else BLOCK_B
     block = tl.program_id(0)
     group = tl.program_id(1)
     n_blocks = tl.num_programs(0)
@@ -216,7 +218,7 @@ def recurrent_forward(
         b = tile * tile_rows + tl.arange(0, BLOCK_B)
         exists = b < tile_end
         b = tl.minimum(b, tile_end - 1)
-        b_of_cell = layout.batch_of_cells(tile * tile_rows, BLOCK_B)
+        b_of_cell = layout.batch_of_cells(tile * tile_rows, CELL_B)
         in_batch = b_of_cell < tile_end
         inside = (unit_of_cell < H) & in_batch
         stored = (unit_of_cell < HX) & in_batch
@@ -324,7 +326,7 @@ def recurrent_forward(
                         # As above: the compiler would fetch many chunks ahead.
                         tl.debug_barrier()
 
-            p_i, p_f, p_g, p_o = layout.split_gates(tl.reshape(upcoming, (BLOCK_B // 8, BLOCK_H, 8, 2, 2)))
+            p_i, p_f, p_g, p_o = layout.split_gates(tl.reshape(upcoming, (CELL_B // 8, BLOCK_H, 8, 2, 2)))
             # A step ahead, so that its latency hides behind the exchange.
             next_row = (t + direction).to(tl.int64) * B + b_of_cell
             if STACKED:
@@ -335,7 +337,9 @@ def recurrent_forward(
                 upcoming = tl.load(at, mask=in_gates & (step + 1 < step_end), other=0.0)
             if norm_ptr is not None and PROTOCOL == exchange.COUNTER:
                 acc = tl.where(alive > 0, acc, float("nan"))
-            r_i, r_f, r_g, r_o = layout.cells_of_product(acc, BLOCK_H, BLOCK_B)
+            if HALF:
+                acc = layout.first_half(acc, BLOCK_B)
+            r_i, r_f, r_g, r_o = layout.cells_of_product(acc, BLOCK_H, CELL_B)
             if STACKED:
                 r_i, r_f, r_g, r_o = r_i + b_i, r_f + b_f, r_g + b_g, r_o + b_o
             if norm_ptr is not None:
@@ -402,7 +406,7 @@ def recurrent_forward(
                 ahead = (direction * exchange.DISTANCE).to(tl.int64) * B * (ROW // WORD)
                 soon = step + exchange.DISTANCE < step_end
                 if WORD == 2:
-                    low, high = layout.pairs(sent, BLOCK_H, BLOCK_B)
+                    low, high = layout.pairs(sent, BLOCK_H, CELL_B)
                     exchange.publish(words_at + pair_of_cell, (exchange.pack_words(low, high),), stored_pairs, AMD)
                     begins = stored_pairs & (pair_of_cell % exchange.SECTOR == 0)
                     exchange.prepare(words_at + pair_of_cell + ahead, begins & soon, PROTOCOL, AMD)

@@ -57,6 +57,13 @@ def by_kernels(
     return found
 
 
+def taking_turns(paths: dict[str, Any]) -> list[Any]:
+    """As `shared_out` with lengths. In the emulator a path runs in each of its two dtypes once, in one with lengths."""
+    if CUDA:
+        return shared_out(paths, lengths=True)
+    return [(*each, (k + k // 4) % 2 == 1) for k, each in enumerate(shared_out(paths))]
+
+
 #: (chains, T, B, D, H), how many in reverse, what forces the path.
 PATHS: dict[str, tuple[tuple[int, int, int, int, int], int, dict[str, Any]]] = {
     "two directions": ((2, 4, 5, 7, 37), 1, {"tier": "persistent"}),
@@ -69,22 +76,22 @@ PATHS: dict[str, tuple[tuple[int, int, int, int, int], int, dict[str, Any]]] = {
         {"tier": "persistent", "protocol": "counter", "block_h": 16, "block_b": 16, "sms": 24, "at_once": 2},
     ),
     "teams of eight": ((2, 3, 18, 5, 48), 1, {"tier": "persistent", "parts": 8, "sms": 16}),
-    "without PTX": ((2, 3, 5, 4, 24), 1, {"tier": "persistent", "amd": True}),
-    "a block each": ((3, 4, 5, 7, 9), 0, {"tier": "single"}),
-    "more than fit": ((5, 4, 4, 4, 8), 2, {"tier": "single", "sms": 3}),
-    "in reverse": ((3, 3, 5, 4, 8), 3, {"tier": "single"}),
-    "T=1": ((2, 1, 3, 5, 20), 1, {}),
-    "free": ((2, 3, 2, 16, 64), 1, {}),
+    "without PTX": ((2, 3, 7, 4, 24), 1, {"tier": "persistent", "amd": True}),
+    "a block each": ((3, 4, 7, 7, 9), 0, {"tier": "single"}),
+    "more than fit": ((5, 4, 7, 4, 8), 2, {"tier": "single", "sms": 3}),
+    "in reverse": ((3, 3, 7, 4, 8), 3, {"tier": "single"}),
+    "T=1": ((2, 1, 7, 5, 20), 1, {}),
+    "free": ((2, 3, 3, 16, 64), 1, {}),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("path", "dtype", "with_lengths"), shared_out(PATHS, lengths=True))
+@pytest.mark.parametrize(("path", "dtype", "with_lengths"), taking_turns(PATHS))
 def test_results_and_all_gradients_are_within_budget(path, dtype, with_lengths):
     (sizes, reversed, options), dtype = PATHS[path], DTYPES[dtype]
     count, t, b, *_ = sizes
     lengths = [(3 * k + 1) % (t + 1) for k in range(b)] if with_lengths else None
     pairs, whole = [], []
-    for seed in range(min(8, -(-800 // (t * b * sizes[-1])))):
+    for seed in range(min(8 if CUDA else 3, -(-800 // (t * b * sizes[-1])))):
         problems = draw(*sizes, dtype, seed)
         exact = [p.by_reference(lengths, k >= count - reversed) for k, p in enumerate(problems)]
         got = by_kernels(problems, reversed, lengths, **options)
@@ -103,7 +110,7 @@ def test_results_and_all_gradients_are_within_budget(path, dtype, with_lengths):
     assert error <= 2 * torch_error + torch.finfo(dtype).eps / 2 * largest
 
 
-@pytest.mark.parametrize("sizes", [(2, 4, 20, 7, 37), (2, 3, 5, 4, 24)], ids=str)
+@pytest.mark.parametrize("sizes", [(2, 3, 20, 7, 37), (2, 3, 5, 4, 24)], ids=str)
 def test_together_or_one_by_one_the_bits_are_the_same(sizes):
     problems = draw(*sizes, torch.bfloat16)
     options = {"tier": "persistent", "block_h": 16, "block_b": 16, "sms": 40}

@@ -23,7 +23,7 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 #: Options of the emulator that are overrides of a plan.
 PLANNED = ("tier", "protocol", "block_h", "block_b", "block_k", "parts", "poll", "resident", "stages", "held",
-           "clustered", "tile_rows")  # fmt: skip
+           "clustered", "tile_rows", "half")  # fmt: skip
 NAMES = ("out", "h_n", "c_n", "x", "w_ih", "w_hh", "b", "h0", "c0")
 
 
@@ -214,6 +214,10 @@ PATHS: dict[str, tuple[tuple[int, int, int, int], dict[str, Any]]] = {
     "5 sequences in a tile of 16": (
         (3, 23, 5, 40),
         {"tier": "persistent", "tile_rows": 5, "block_b": 16, "block_h": 32, "sms": 6},
+    ),
+    "7 sequences in half a tile": (
+        (3, 20, 5, 37),
+        {"tier": "persistent", "tile_rows": 7, "block_b": 16, "half": True, "block_h": 16, "sms": 9},
     ),
     "two clusters of four": ((3, 20, 5, 70), {"tier": "persistent", "clustered": True, "block_h": 16, "sms": 16}),
     "two clusters of eight, counter": (

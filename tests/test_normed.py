@@ -124,7 +124,7 @@ def assert_close(got: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
 
 
 PERSISTENT: dict[str, Any] = {"tier": "persistent", "block_h": 16, "block_b": 16}
-STREAMING: dict[str, Any] = {"tier": "streaming", "sms": 10, "shared_bytes": 64 << 10, "block_k": 32}
+STREAMING: dict[str, Any] = {"tier": "streaming", "sms": 7, "shared_bytes": 48 << 10, "block_k": 32}
 #: (T, B, D, H) and what forces the path: odd sizes, several blocks a group, several groups, several tiles a group.
 PATHS: dict[str, tuple[tuple[int, int, int, int], dict[str, Any]]] = {
     "single": ((4, 5, 7, 37), {"tier": "single"}),
@@ -133,10 +133,10 @@ PATHS: dict[str, tuple[tuple[int, int, int, int], dict[str, Any]]] = {
     "several groups": ((3, 20, 5, 37), PERSISTENT | {"sms": 8}),
     "several tiles a group": ((3, 33, 5, 24), PERSISTENT | {"sms": 4}),
     "two teams": ((2, 3, 5, 70), PERSISTENT | {"sms": 8}),
-    "two teams of eight": ((2, 18, 5, 80), {"tier": "persistent", "parts": 8, "sms": 16}),
+    "two teams of eight": ((2, 7, 5, 80), {"tier": "persistent", "parts": 8, "sms": 16}),
     "32 units x 32 sequences": ((3, 33, 5, 70), {"tier": "persistent", "block_h": 32, "block_b": 32, "sms": 6}),
-    "streaming": ((3, 3, 7, 150), STREAMING),
-    "streaming, counter": ((3, 3, 7, 150), STREAMING | {"protocol": "counter"}),
+    "streaming": ((3, 3, 7, 100), STREAMING),
+    "streaming, counter": ((3, 3, 7, 100), STREAMING | {"protocol": "counter"}),
     "without PTX": ((4, 5, 7, 37), PERSISTENT | {"amd": True}),
     "counter, without PTX": ((3, 3, 5, 40), PERSISTENT | {"protocol": "counter", "amd": True}),
     "T=1": ((1, 3, 5, 20), PERSISTENT),
@@ -154,7 +154,7 @@ def test_results_and_all_gradients_in_every_tier(sizes, options):
 @pytest.mark.timeout(300)
 def test_more_blocks_than_are_received_at_a_time():
     """17 blocks, of which 16 at a time: the moments of both parts are combined."""
-    problem = Problem.draw((2, 17, 3, 260))
+    problem = Problem.draw((1, 17, 3, 260))
     options = {"tier": "persistent", "block_h": 16, "block_b": 32, "sms": 20}
     assert_close(problem.by_kernels(**options), problem.exact())
 
@@ -171,18 +171,19 @@ def test_lengths_are_those_of_sequences_cut_and_run_alone(options, reverse):
 def test_short_types_err_at_most_twice_as_much_as_plain_operators(dtype, options):
     """Of the plain operators in the same dtype, which compute in float32, plus a rounding.
 
-    The largest error of a draw, as root mean square over six: plain operators round h alone and may be lucky once.
+    The largest error of a draw, as root mean square over several: plain operators round h alone and may be lucky once.
     """
     squares: dict[str, list[float]] = {}
-    for seed in range(6):
-        problem = Problem.draw((4, 5, 4, 37), dtype, seed)
+    draws = 6 if CUDA else 3
+    for seed in range(draws):
+        problem = Problem.draw((3, 13, 4, 37), dtype, seed)
         exact, plain = problem.exact(), problem.plain(dtype)
         for name, value in problem.by_kernels(**options).items():
             found = [(v.double() - exact[name]).abs().max().item() ** 2 for v in (value, plain[name])]
             found.append(exact[name].abs().max().item() ** 2)
             squares[name] = [a + b for a, b in zip(squares.get(name, [0.0] * 3), found, strict=True)]
     for name, sums in squares.items():
-        error, of_plain, largest = ((total / 6) ** 0.5 for total in sums)
+        error, of_plain, largest = ((total / draws) ** 0.5 for total in sums)
         assert error <= 2 * of_plain + largest * torch.finfo(dtype).eps / 2, (name, error, of_plain)
 
 

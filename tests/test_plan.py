@@ -374,7 +374,7 @@ def test_a_batch_is_dealt_out_to_all_groups_alike(batch: int, places: int, group
 def test_who_has_fewer_rows_reads_less() -> None:
     """H=768, B=16 in fp16 on an H100: of 132 multiprocessors 96, in two groups of 48 blocks."""
     fixed = ("forward", 1024, 16, 768, FP16, plan.DEVICES["sm_90"])
-    p, full = plan.recurrent(*fixed), plan.recurrent(*fixed, overrides={"tile_rows": 0})
+    p, full = plan.recurrent(*fixed, overrides={"half": False}), plan.recurrent(*fixed, overrides={"tile_rows": 0})
     assert (p.block_b, p.tile_rows, p.n_tiles, p.n_groups) == (16, 8, 2, 2)
     assert (full.block_b, full.tile_rows, full.n_tiles, full.n_groups) == (16, 16, 1, 1)
     assert full.cost.copy - p.cost.copy == pytest.approx(8 * 768 * 2 / 46.7e3)
@@ -383,6 +383,12 @@ def test_who_has_fewer_rows_reads_less() -> None:
     assert p.constants == full.constants
     assert p.launch({}).arguments == {"n_tiles": 2, "tile_rows": 8, "spin_limit": plan.SPIN_LIMIT}
     assert "2 batch tiles of 8 in 16," in p.describe()
+    # As wgmma has no fewer columns than 16, eight places stay empty; they need no cells.
+    half = plan.recurrent(*fixed)
+    assert (half.half, half.tile_rows, half.block_b, half.constants["HALF"]) == (True, 8, 16, True)
+    assert p.cost.cell - half.cost.cell == pytest.approx(0.524 * 0.25)
+    with pytest.raises(plan.PlanError, match="'half': True"):
+        plan.recurrent(*fixed, overrides={"half": True, "tile_rows": 9})
     asked = plan.recurrent(*fixed, overrides={"tile_rows": 5, "block_b": 16})
     assert (asked.tile_rows, asked.n_tiles) == (5, 4)
     with pytest.raises(plan.PlanError, match="no forward kernel"):

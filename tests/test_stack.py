@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_kernels import CUDA, DEVICE, DTYPES, kernels, shared_out
+from test_chains import taking_turns
+from test_kernels import CUDA, DEVICE, DTYPES, kernels
 from torch import Tensor
 
 import tritlstm
@@ -113,52 +114,58 @@ def assert_within_budget(problems: list[Problem], lengths: list[int] | None = No
         assert error <= 2 * torch_error + epsilon * largest, f"{name}: {error:.3g}, torch {torch_error:.3g}"
 
 
+def draws(sizes: tuple[int, int, int, int, int], dtype: torch.dtype) -> list[Problem]:
+    """So many that torch's error is hardly small by luck; in the emulator, whose draws are always the same, fewer."""
+    _, t, b, _, h = sizes
+    numbers, most = (2000, 6) if CUDA else (1400, 2)
+    return [Problem(sizes, dtype, seed) for seed in range(min(most, -(-numbers // (t * b * h))))]
+
+
+def ends_of(sizes: tuple[int, int, int, int, int], with_lengths: bool) -> list[int] | None:
+    _, t, b, _, _ = sizes
+    return [(3 * k + 1) % (t + 1) for k in range(b)] if with_lengths else None
+
+
 #: (layers, T, B, D, H) and what forces the path.
 PATHS: dict[str, tuple[tuple[int, int, int, int, int], dict[str, Any]]] = {
-    "two layers": ((2, 4, 5, 7, 37), {"sms": 12}),
+    "two layers": ((2, 4, 7, 7, 37), {"sms": 12}),
     "several groups": ((2, 3, 20, 5, 24), {"block_h": 16, "block_b": 16, "sms": 16}),
     "several tiles a group": ((2, 3, 33, 5, 24), {"block_h": 16, "block_b": 16, "sms": 8}),
-    "three layers, chunk by chunk": ((3, 3, 3, 5, 40), {"block_k": 16, "poll": 1, "sms": 24}),
+    "three layers, chunk by chunk": ((3, 3, 7, 5, 40), {"block_k": 16, "poll": 1, "sms": 24}),
     "counter": ((2, 3, 20, 5, 40), {"protocol": "counter", "block_h": 16, "block_b": 16, "sms": 32}),
-    "without PTX": ((2, 3, 5, 4, 24), {"amd": True, "sms": 12}),
-    "counter, without PTX": ((2, 3, 5, 4, 24), {"protocol": "counter", "amd": True, "sms": 12}),
-    "teams of eight": ((2, 3, 5, 4, 48), {"parts": 8, "sms": 16}),
-    "B=1": ((4, 5, 1, 3, 16), {"sms": 24}),
+    "without PTX": ((2, 3, 15, 5, 20), {"amd": True, "block_b": 16, "sms": 12}),
+    "counter, without PTX": ((2, 3, 15, 5, 20), {"protocol": "counter", "amd": True, "block_b": 16, "sms": 12}),
+    "teams of eight": ((2, 3, 7, 4, 48), {"parts": 8, "sms": 16}),
+    "B=1": ((4, 4, 1, 3, 40), {"sms": 24}),
 }
 
 
-@pytest.mark.parametrize(("path", "dtype", "with_lengths"), shared_out(PATHS, lengths=True))
+@pytest.mark.parametrize(("path", "dtype", "with_lengths"), taking_turns(PATHS))
 def test_results_and_all_gradients_are_within_budget(path, dtype, with_lengths):
     (sizes, options), dtype = PATHS[path], DTYPES[dtype]
-    _, t, b, _, h = sizes
-    lengths = [(3 * k + 1) % (t + 1) for k in range(b)] if with_lengths else None
-    problems = [Problem(sizes, dtype, seed) for seed in range(min(6, -(-2000 // (t * b * h))))]
-    assert_within_budget(problems, lengths, **options)
+    assert_within_budget(draws(sizes, dtype), ends_of(sizes, with_lengths), **options)
 
 
 #: As above, with the number of chunks.
 PIPELINES: dict[str, tuple[tuple[int, int, int, int, int], int, dict[str, Any]]] = {
-    "three layers": ((3, 5, 5, 7, 13), 2, {"tier": "persistent"}),
+    "three layers": ((3, 5, 31, 7, 13), 2, {"tier": "persistent", "block_b": 32}),
     "persistent": ((2, 4, 20, 5, 37), 3, {"tier": "persistent", "block_h": 16, "block_b": 16, "sms": 12}),
-    "counter": ((2, 4, 5, 5, 24), 2, {"tier": "persistent", "protocol": "counter", "block_h": 16}),
-    "streaming": ((2, 3, 3, 7, 150), 2, {"tier": "streaming", "sms": 10, "shared_bytes": 64 << 10, "block_k": 32}),
-    "a step each": ((2, 3, 3, 7, 20), 3, {"tier": "persistent", "amd": True}),
+    "counter": ((2, 4, 15, 5, 24), 2, {"tier": "persistent", "protocol": "counter", "block_h": 16}),
+    "streaming": ((2, 3, 4, 7, 150), 2, {"tier": "streaming", "sms": 10, "shared_bytes": 64 << 10, "block_k": 32}),
+    "a step each": ((2, 3, 14, 7, 20), 3, {"tier": "persistent", "amd": True}),
 }
 
 
-@pytest.mark.parametrize(("path", "dtype", "with_lengths"), shared_out(PIPELINES, lengths=True))
+@pytest.mark.parametrize(("path", "dtype", "with_lengths"), taking_turns(PIPELINES))
 def test_a_pipeline_is_within_budget(path, dtype, with_lengths):
     (sizes, chunks, options), dtype = PIPELINES[path], DTYPES[dtype]
-    _, t, b, _, h = sizes
-    lengths = [(3 * k + 1) % (t + 1) for k in range(b)] if with_lengths else None
-    problems = [Problem(sizes, dtype, seed) for seed in range(min(6, -(-2000 // (t * b * h))))]
-    assert_within_budget(problems, lengths, chunks=chunks, **options)
+    assert_within_budget(draws(sizes, dtype), ends_of(sizes, with_lengths), chunks=chunks, **options)
 
 
 def test_chunks_do_not_change_the_recurrence():
     """Products over a chunk of rows may add in another order than over all; what the recurrence makes of them not."""
-    problem = Problem((2, 6, 3, 4, 20), torch.float32)
-    by_chunks = [problem.by_kernels(chunks=n, **({} if CUDA else {"tier": "persistent"})) for n in (1, 2, 6)]
+    problem = Problem((2, 4, 3, 4, 20), torch.float32)
+    by_chunks = [problem.by_kernels(chunks=n, **({} if CUDA else {"tier": "persistent"})) for n in (1, 2, 4)]
     for found in by_chunks[1:]:
         for name in ("out", "h_n", "c_n", "h0", "c0"):
             torch.testing.assert_close(found[name], by_chunks[0][name], rtol=0, atol=2e-6)
@@ -167,7 +174,7 @@ def test_chunks_do_not_change_the_recurrence():
 @pytest.mark.skipif(CUDA, reason="delays programs in the emulator")
 @pytest.mark.parametrize("protocol", ["flag", "counter"])
 def test_the_same_bits_whatever_the_scheduling(protocol):
-    problem = Problem((3, 4, 18, 5, 24), torch.float16)
+    problem = Problem((3, 4, 9, 5, 24), torch.float16)
     options = {"protocol": protocol, "block_h": 16, "block_b": 16, "sms": 24}
     first = problem.by_kernels(**options)
     for seed in range(2):

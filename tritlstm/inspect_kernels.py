@@ -180,7 +180,7 @@ def recurrent_key(chosen: RecurrentPlan) -> tuple:
     """What tells the kernels of a direction and dtype apart, except for H and what follows from it."""
     return (chosen.tier, chosen.protocol, chosen.block_h, chosen.block_b, chosen.block_k, chosen.parts,
             chosen.num_warps, chosen.poll, chosen.chains > 1, chosen.stacked, chosen.stages, chosen.held,
-            chosen.clustered)  # fmt: skip
+            chosen.clustered, chosen.half)  # fmt: skip
 
 
 def configurations(device: Device, products: Any = PRODUCTS, variant: str = "plain") -> list[Configuration]:

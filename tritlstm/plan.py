@@ -246,6 +246,12 @@ class RecurrentPlan:
     held: int = 0  # of the resident chunks, in registers
     clustered: bool = False  # a team is a thread-block cluster
     tile_rows: int = 0  # sequences of a batch tile, at most block_b
+    half: bool = False  # at most half of block_b: the other places have no cells
+
+    @property
+    def cells_a_thread(self) -> float:
+        """Of a tile, in a warp of 32."""
+        return self.block_h * (self.block_b // 2 if self.half else self.block_b) / (32 * self.num_warps)
 
     @property
     def cluster_bytes(self) -> int:
@@ -295,6 +301,8 @@ class RecurrentPlan:
             constants["HELD"] = self.held
         if self.clustered:
             constants["CLUSTER"] = True
+        if self.half:
+            constants["HALF"] = True
         if self.direction == "forward":
             separate = padded(self.hidden) != self.hidden
             return {**constants, "SAVE": self.save, "SEPARATE_OUT": separate, **dict(self.cell)}
@@ -374,6 +382,7 @@ class _Problem:
     held: int | None = None
     clustered: bool | None = None
     tile_rows: int | None = None  # 0: as many as the tile has places
+    half: bool | None = None
 
     @property
     def element(self) -> int:
@@ -440,6 +449,17 @@ def _candidates(problem: _Problem) -> Iterator[RecurrentPlan]:
                         yield from _feasible(problem, tier, *sizes, clustered=clustered)
                         if stages == 1 and block_b >= 16 and _holds(problem, tier):
                             yield from _feasible(problem, tier, *sizes, 1, clustered)
+                    if stages == 1 and _halves(problem, tier, block_b):
+                        yield from _feasible(problem, tier, *sizes, half=True)
+                        if _holds(problem, tier):
+                            yield from _feasible(problem, tier, *sizes, 1, half=True)
+
+
+def _halves(problem: _Problem, tier: str, block_b: int) -> bool:
+    """Whether a tile of up to 8 sequences may have the 16 places that wgmma wants, and cells for 8."""
+    able = problem.direction == "forward" and tier == "persistent" and not problem.stacked and not problem.normed
+    wanted = problem.half if problem.device.arch == "emulated" else problem.device.matrix_rows > 16
+    return bool(able and wanted and block_b == 16 and not _scalar_products(problem))
 
 
 def _clusters(problem: _Problem, tier: str, parts: int) -> tuple[bool, ...]:
@@ -614,7 +634,7 @@ def tile_rows(batch: int, places: int, groups: int) -> int:
 
 def _feasible(
     problem: _Problem, tier: str, block_h: int, block_b: int, parts: int, num_warps: int, stages: int, held: int = 0,
-    clustered: bool = False,
+    clustered: bool = False, half: bool = False,
 ) -> Iterator[RecurrentPlan]:  # fmt: skip
     device, hidden, sms = problem.device, problem.hidden, problem.device.sms
     if clustered and device.arch != "emulated":
@@ -623,7 +643,7 @@ def _feasible(
     forward = problem.direction == "forward"
     matrices = 2 if problem.stacked else 1  # of weights a block
     threads = num_warps * device.warp_size
-    cells = block_h * block_b / threads
+    cells = block_h * (block_b // 2 if half else block_b) / threads
     if cells > _most_cells(problem, tier, block_b) or (held and cells > 2):
         return
     if problem.normed and parts == 8 and cells > 1 and device.arch != "emulated":
@@ -712,6 +732,7 @@ def _feasible(
         max_registers=_max_registers(device, not forward and tier != "single" and cells > 2),
         amd=device.arch.startswith("gfx"), hoist=_hoists(problem, tier),
         chains=problem.chains, stacked=problem.stacked, stages=stages, held=held, clustered=clustered,
+        half=half,
     )  # fmt: skip
     most = problem.chains if tier == "step" else min(problem.chains, sms // n_blocks)
     if problem.stacked and most < problem.chains:
@@ -723,6 +744,8 @@ def _feasible(
             # A single block and one step's launches read no more for more rows; the emulator has too few processors.
             if problem.tile_rows is None and tier in ("persistent", "streaming") and device.arch != "emulated":
                 rows = tile_rows(problem.batch, block_b, most_groups)
+            if half and rows > block_b // 2:
+                continue
             tiles = -(-problem.batch // rows)
             groups = min(tiles, most_groups)
             chosen = dataclasses.replace(
@@ -790,8 +813,7 @@ def _cost(problem: _Problem, plan: RecurrentPlan) -> StepCost:
     if not forward and element == 4 and device.matrix_rows > 16:
         streamed *= TRANSPOSED
     hand_off = {"none": 0.0, "counter": known.counter_us, "flag": known.flag_us}[plan.protocol]
-    cells = plan.block_h * plan.block_b / (32 * plan.num_warps)  # a thread; the constants are those of two
-    cell = (known.cell_us if forward else known.grad_us) * (0.5 + 0.25 * cells)
+    cell = (known.cell_us if forward else known.grad_us) * (0.5 + 0.25 * plan.cells_a_thread)  # constants: of two
     prefill = 0.0
     if plan.protocol == "flag":
         prefill = rows * plan.n_groups * plan.at_once * depth * element / device.memory_bytes_per_us
@@ -828,11 +850,11 @@ def recurrent(
     """The fastest predicted plan of one recurrent kernel.
 
     ``direction`` is ``'forward'`` or ``'backward'``; ``overrides`` fixes fields of :class:`RecurrentPlan` (``tier``,
-    ``protocol``, ``block_h``, ``block_b``, ``block_k``, ``num_warps``, backward ``parts``, ``at_once``, ``stages``,
-    ``held``, ``clustered``, ``tile_rows``, of which 0 is full tiles, and after the choice ``resident``, ``poll``,
-    ``n_groups``). ``chains``: so many recurrences side by side, which need nothing of each other (directions, heads of
-    H units); only plans that hold w_hh on chip, and those of one step, know them. ``stacked``: they are layers instead,
-    each of which reads the one before it, and all run at once.
+    ``protocol``, ``block_h``, ``block_b``, ``block_k``, ``num_warps``, ``at_once``, ``stages``, ``held``, forward
+    ``half``, backward ``parts`` and ``clustered``, ``tile_rows``, of which 0 is full tiles, and after the choice
+    ``resident``, ``poll``, ``n_groups``). ``chains``: so many recurrences side by side, which need nothing of each other
+    (directions, heads of H units); only plans that hold w_hh on chip, and those of one step, know them. ``stacked``: they
+    are layers instead, each of which reads the one before it, and all run at once.
     ``normed``: with layer normalisation.
     Raises :class:`PlanError` if nothing fits.
     """
@@ -869,6 +891,8 @@ def _recurrent(
     if direction == "forward":
         fixed.pop("parts", None)
         fixed.pop("clustered", None)
+    else:
+        fixed.pop("half", None)
     block_k, rows = fixed.pop("block_k", None), fixed.pop("tile_rows", None)
     # A single step needs no exchange; every longer sequence is planned alike.
     asked = fixed.get("protocol")
@@ -877,6 +901,7 @@ def _recurrent(
     problem = _Problem(
         direction, batch, hidden, dtype, _split(precision, hidden), device, save, one_step, block_k, protocols, chains,
         stacked, normed, fixed.get("parts"), fixed.get("held"), fixed.get("clustered"), rows,
+        fixed.get("half"),
     )  # fmt: skip
     try:
         return _best(problem, tuple(sorted(fixed.items())))
@@ -1028,7 +1053,8 @@ def _kib(size: int) -> int:
     return -(-size // 1024)
 
 
-CHOICES = ("tier", "protocol", "block_h", "block_b", "num_warps", "parts", "at_once", "stages", "held", "clustered")
+CHOICES = ("tier", "protocol", "block_h", "block_b", "num_warps", "parts", "at_once", "stages", "held", "clustered",
+           "half")  # fmt: skip
 
 
 @functools.lru_cache(maxsize=4096)
