@@ -57,13 +57,6 @@ def by_kernels(
     return found
 
 
-def taking_turns(paths: dict[str, Any]) -> list[Any]:
-    """As `shared_out` with lengths. In the emulator a path runs in each of its two dtypes once, in one with lengths."""
-    if CUDA:
-        return shared_out(paths, lengths=True)
-    return [(*each, (k + k // 4) % 2 == 1) for k, each in enumerate(shared_out(paths))]
-
-
 #: (chains, T, B, D, H), how many in reverse, what forces the path.
 PATHS: dict[str, tuple[tuple[int, int, int, int, int], int, dict[str, Any]]] = {
     "two directions": ((2, 4, 5, 7, 37), 1, {"tier": "persistent"}),
@@ -85,7 +78,7 @@ PATHS: dict[str, tuple[tuple[int, int, int, int, int], int, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("path", "dtype", "with_lengths"), taking_turns(PATHS))
+@pytest.mark.parametrize(("path", "dtype", "with_lengths"), shared_out(PATHS, lengths=True))
 def test_results_and_all_gradients_are_within_budget(path, dtype, with_lengths):
     (sizes, reversed, options), dtype = PATHS[path], DTYPES[dtype]
     count, t, b, *_ = sizes

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_chains import taking_turns
-from test_kernels import CUDA, DEVICE, DTYPES, kernels
+from test_kernels import CUDA, DEVICE, DTYPES, kernels, shared_out
 from torch import Tensor
 
 import tritlstm
@@ -140,7 +139,7 @@ PATHS: dict[str, tuple[tuple[int, int, int, int, int], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(("path", "dtype", "with_lengths"), taking_turns(PATHS))
+@pytest.mark.parametrize(("path", "dtype", "with_lengths"), shared_out(PATHS, lengths=True))
 def test_results_and_all_gradients_are_within_budget(path, dtype, with_lengths):
     (sizes, options), dtype = PATHS[path], DTYPES[dtype]
     assert_within_budget(draws(sizes, dtype), ends_of(sizes, with_lengths), **options)
@@ -156,7 +155,7 @@ PIPELINES: dict[str, tuple[tuple[int, int, int, int, int], int, dict[str, Any]]]
 }
 
 
-@pytest.mark.parametrize(("path", "dtype", "with_lengths"), taking_turns(PIPELINES))
+@pytest.mark.parametrize(("path", "dtype", "with_lengths"), shared_out(PIPELINES, lengths=True))
 def test_a_pipeline_is_within_budget(path, dtype, with_lengths):
     (sizes, chunks, options), dtype = PIPELINES[path], DTYPES[dtype]
     assert_within_budget(draws(sizes, dtype), ends_of(sizes, with_lengths), chunks=chunks, **options)

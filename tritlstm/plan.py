@@ -852,9 +852,9 @@ def recurrent(
     ``direction`` is ``'forward'`` or ``'backward'``; ``overrides`` fixes fields of :class:`RecurrentPlan` (``tier``,
     ``protocol``, ``block_h``, ``block_b``, ``block_k``, ``num_warps``, ``at_once``, ``stages``, ``held``, forward
     ``half``, backward ``parts`` and ``clustered``, ``tile_rows``, of which 0 is full tiles, and after the choice
-    ``resident``, ``poll``, ``n_groups``). ``chains``: so many recurrences side by side, which need nothing of each other
-    (directions, heads of H units); only plans that hold w_hh on chip, and those of one step, know them. ``stacked``: they
-    are layers instead, each of which reads the one before it, and all run at once.
+    ``resident``, ``poll``, ``n_groups``). ``chains``: so many recurrences side by side, which need nothing of each
+    other (directions, heads of H units); only plans that hold w_hh on chip, and those of one step, know them.
+    ``stacked``: they are layers instead, each of which reads the one before it, and all run at once.
     ``normed``: with layer normalisation.
     Raises :class:`PlanError` if nothing fits.
     """
