@@ -33,7 +33,7 @@ def cells_of_product(product, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr):
 
 @triton.jit
 def first_half(product, BLOCK_B: tl.constexpr):
-    """``[ROWS, BLOCK_B]`` to its first ``BLOCK_B / 2`` columns: in a matrix unit's result, other registers than the rest."""
+    """``[ROWS, BLOCK_B]`` to its first ``BLOCK_B / 2`` columns: in a product, other registers than the rest."""
     tile = tl.reshape(product, (product.shape[0], 2, BLOCK_B // 2))
     first, _ = tl.split(tl.permute(tile, (0, 2, 1)))
     return first
