@@ -114,7 +114,7 @@ class Kernel:
     launch: Launch
     plan: RecurrentPlan | None = None
     variant: int = 0
-    #: Row and column extents of a program's tile; of a recurrent kernel BLOCK_H and BLOCK_B.
+    #: Row and column extents of a program's tile; of a recurrent kernel BLOCK_H and the sequences it has room for.
     tile: tuple[int, int] = (0, 0)
 
     @property
@@ -193,7 +193,7 @@ def _family(family: str, selection: Selection) -> Iterator[Kernel]:
         dtype = DTYPES[name]
         for hidden in selection.hidden:
             for chosen in recurrent_plans(dtype, hidden, device, selection.tiers):
-                tile = (chosen.block_h, chosen.block_b)
+                tile = (chosen.block_h, chosen.places)
                 yield Kernel(family, dtype, _recurrent_launch(chosen), chosen, int(chosen.save), tile)
         for (order, (_, trans_a, trans_b)), (size, (m, n, k, warps, stages)) in itertools.product(
             enumerate(ORDERS), enumerate(_product_tiles(dtype, device))
@@ -399,7 +399,7 @@ def costs(chosen: RecurrentPlan, device: Device) -> tuple[float, ...]:
         ImageError: the planner's cost model is not of this form any more.
     """
     samples, results = [], []
-    for rows, groups, l2, part in itertools.product((1, 3, chosen.block_b), (1, 2, 5), (1e12, 3e4, 1e3), (1, 2, 3)):
+    for rows, groups, l2, part in itertools.product((1, 3, chosen.places), (1, 2, 5), (1e12, 3e4, 1e3), (1, 2, 3)):
         blocks = chosen.n_blocks * groups
         sms = max(1, -(-blocks // part))
         samples.append(terms(rows, groups, blocks, sms, l2, device.constants.sm_l2_bytes_per_us))
@@ -430,18 +430,18 @@ def _predicted(
     device = dataclasses.replace(device, sms=sms, l2_bytes_per_us=l2)
     problem = plan._Problem(chosen.direction, rows, chosen.hidden, chosen.dtype, chosen.precision, device, chosen.save,
                             one_step)  # fmt: skip
-    return plan._cost(problem, dataclasses.replace(chosen, n_groups=groups, tile_rows=chosen.block_b)).total
+    return plan._cost(problem, dataclasses.replace(chosen, n_groups=groups, tile_rows=chosen.places)).total
 
 
 def rebatched(chosen: RecurrentPlan, device: Device, batch: int, one_step: bool) -> RecurrentPlan | None:
     """A built plan at another batch size, on a device of other limits; None if it does not fit there."""
-    if chosen.block_b > 16 and chosen.block_b >= 2 * plan._power_of_two(batch, 16):
+    if chosen.places > 16 and chosen.places >= 2 * plan._power_of_two(batch, 16):
         return None
     if chosen.shared_bytes > device.shared_bytes or (chosen.tier != "step" and chosen.n_blocks > device.sms):
         return None
-    rows = chosen.block_b
+    rows = chosen.places
     if chosen.tier in ("persistent", "streaming"):
-        rows = plan.tile_rows(batch, chosen.block_b, device.sms // chosen.n_blocks)
+        rows = plan.tile_rows(batch, chosen.places, device.sms // chosen.n_blocks)
     n_tiles = -(-batch // rows)
     n_groups = n_tiles if chosen.tier == "step" else min(n_tiles, device.sms // chosen.n_blocks)
     there = dataclasses.replace(chosen, n_tiles=n_tiles, n_groups=n_groups, tile_rows=rows)
@@ -457,7 +457,7 @@ def choose(built: list[RecurrentPlan], device: Device, batch: int, one_step: boo
     """
     fitting = [there for p in built if (there := rebatched(p, device, batch, one_step)) is not None]
     steps = [p for p in fitting if p.tier == "step"]
-    key = lambda p: (p.us_per_step, p.num_warps, p.block_b, p.block_h)  # noqa: E731
+    key = lambda p: (p.us_per_step, p.num_warps, p.places, p.block_h)  # noqa: E731
     return min(steps if one_step and steps else fitting, key=key, default=None)
 
 

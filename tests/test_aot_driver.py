@@ -143,7 +143,7 @@ def test_what_a_device_loads_and_launches(world: World, capability: tuple[int, i
         }  # fmt: skip
         assert {name: arguments[name] for name in sizes} == sizes
         assert f"{name}: {best.tier}, exchange flag, {best.n_blocks} blocks of {best.block_h} units" in text
-        rows = f"{best.tile_rows} in {best.block_b}" if best.tile_rows < best.block_b else best.block_b
+        rows = f"{best.tile_rows} in {best.places}" if best.tile_rows < best.places else best.places
         assert f"x {best.n_groups} groups, {best.n_tiles} batch tiles of {rows}" in text
 
 

@@ -222,7 +222,8 @@ def test_more_batch_tiles_than_tiles_of_16(tmp_path: Path) -> None:
     found = problem.by_library(world)
     assert_within_budget(found, problem.by_torch(torch.float64), problem.by_torch(torch.float16), torch.float16)
     plans = [kernel.plan for kernel in world.ran if kernel.plan]
-    assert {plan.block_b for plan in plans if plan.tier == "persistent"} == {8}
+    assert {plan.places for plan in plans if plan.tier == "persistent"} == {8}
+    assert {plan.half for plan in plans if plan.direction == "forward"} == {True}
 
 
 def test_numpy_reference_and_arrays_that_are_aligned_to_an_element_only(world: World) -> None:

@@ -89,7 +89,7 @@ def test_c_chooses_as_python_does(c: Any, built: list[aot.Kernel], family: str) 
                                 assert ours == ffi.NULL
                                 continue
                             p = best
-                            expected = (p.tier, p.block_h, p.block_b, p.parts, p.num_warps, p.n_blocks, p.resident,
+                            expected = (p.tier, p.block_h, p.places, p.parts, p.num_warps, p.n_blocks, p.resident,
                                         p.chunks, p.n_groups)  # fmt: skip
                             groups = c.tritlstm_cuda_groups(ours, device.sms, batch)
                             assert described(ours, groups) == expected, (device, dtype, hidden, direction, batch, alone)

@@ -249,9 +249,14 @@ class RecurrentPlan:
     half: bool = False  # at most half of block_b: the other places have no cells
 
     @property
+    def places(self) -> int:
+        """Sequences that a tile has room for."""
+        return self.block_b // 2 if self.half else self.block_b
+
+    @property
     def cells_a_thread(self) -> float:
         """Of a tile, in a warp of 32."""
-        return self.block_h * (self.block_b // 2 if self.half else self.block_b) / (32 * self.num_warps)
+        return self.block_h * self.places / (32 * self.num_warps)
 
     @property
     def cluster_bytes(self) -> int:
