@@ -133,12 +133,8 @@ class Launch:
         if self.cluster > 1:
             kernel = function.warmup(**self.arguments, **self.constants, grid=self.grid, **options)
             _make_cluster(kernel, self.cluster, self.cluster_bytes)
-        return function[self.clusters](**self.arguments, **self.constants, **options)
-
-    @property
-    def clusters(self) -> tuple[int, ...]:
-        """The grid in clusters, as Triton's launcher counts it."""
-        return (self.grid[0] // self.cluster, *self.grid[1:])
+        grid = (self.grid[0] // self.cluster, *self.grid[1:])  # in clusters, as Triton's launcher counts it
+        return function[grid](**self.arguments, **self.constants, **options)
 
     def _run_compiled(self, compiled: Compiled) -> None:
         """As Triton launches, without its look-up by all arguments, which takes longer than a short kernel."""
@@ -181,9 +177,9 @@ class Launch:
             if kernel is not None:  # a hook may keep Triton from compiling
                 form.kernels[tuple(key)] = kernel
             return
-        x, y, z = (*self.clusters, 1, 1)[:3]
+        x, y, z = (*self.grid, 1, 1)[:3]
         stream = driver.active.get_current_stream(device)
-        kernel.run(x, y, z, stream, kernel.function, kernel.packed_metadata, None, None, None, *values)
+        kernel.run(x // self.cluster, y, z, stream, kernel.function, kernel.packed_metadata, None, None, None, *values)
 
 
 class _Form(NamedTuple):

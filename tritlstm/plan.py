@@ -469,7 +469,8 @@ def _halves(problem: _Problem, tier: str, block_b: int) -> bool:
 
 def _clusters(problem: _Problem, tier: str, parts: int) -> tuple[bool, ...]:
     """Whether a team may be a cluster: where the device is said to have them, or one was asked for."""
-    able = problem.device.matrix_rows > 16 and parts > 1 and tier == "persistent"
+    known = TUNED or problem.device.arch == "emulated"  # the Triton whose launches they are made by
+    able = known and problem.device.matrix_rows > 16 and parts > 1 and tier == "persistent"
     wanted = problem.device.clusters if problem.clustered is None else problem.clustered
     return (False, True) if able and wanted else (False,)
 
