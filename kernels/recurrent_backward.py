@@ -295,13 +295,16 @@ def recurrent_backward(
     turn = tl.full((), 0, tl.int32)
     alive = tl.full((), 1, tl.int32)
     for tile in range(group, n_tiles, tl.num_programs(1)):
-        # What lies beyond the tile's rows has the addresses of the last one and is not stored.
-        tile_end = tl.minimum((tile + 1) * tile_rows, B)
-        b = tile * tile_rows + tl.arange(0, BLOCK_B)
-        exists = b < tile_end
-        b = tl.minimum(b, tile_end - 1)
-        b_of_cell = layout.batch_of_cells(tile * tile_rows, BLOCK_B)
-        in_batch = b_of_cell < tile_end
+        # What lies beyond the tile's rows is not stored; beyond the batch, it has the addresses of the last sequence.
+        tile_begin = tile * BLOCK_B if SINGLE else tile * tile_rows  # of a single block, tiles are full
+        b = tile_begin + tl.arange(0, BLOCK_B)
+        exists = b < B
+        b = tl.minimum(b, B - 1)
+        b_of_cell = layout.batch_of_cells(tile_begin, BLOCK_B)
+        in_batch = b_of_cell < B
+        if not SINGLE:
+            exists = exists & (tl.arange(0, BLOCK_B) < tile_rows)
+            in_batch = in_batch & (layout.batch_of_cells(0, BLOCK_B) < tile_rows)
         inside = (unit_of_cell < H) & in_batch
         stored = (unit_of_cell < HX) & in_batch
         in_gates = tl.expand_dims(stored, 3) & (gate < 4)
@@ -474,7 +477,7 @@ def recurrent_backward(
                     slot = turn % exchange.TAGGED_SLOTS * slot_words
                     if PROTOCOL == exchange.COUNTER:
                         acc = tl.where(alive > 0, acc, float("nan"))
-                    sent = (team_begin + team_row < HX) & (tile * tile_rows + sequence < tile_end)
+                    sent = (team_begin + team_row < HX) & (sequence < tile_rows) & (tile_begin + sequence < B)
                     exchange.publish_tagged(send_at + slot, acc, turn, sent, AMD, WARPS, CLUSTER)
                     parts = exchange.receive_tagged(
                         take_at + slot, stored, turn, parts_mark, status_ptr, step, spin_limit, OWN, PARTS, AMD, WARPS,

@@ -213,13 +213,16 @@ def recurrent_forward(
 
     alive = tl.full((), 1, tl.int32)
     for tile in range(group, n_tiles, tl.num_programs(1)):
-        # What lies beyond the tile's rows has the addresses of the last one and is not stored.
-        tile_end = tl.minimum((tile + 1) * tile_rows, B)
-        b = tile * tile_rows + tl.arange(0, BLOCK_B)
-        exists = b < tile_end
-        b = tl.minimum(b, tile_end - 1)
-        b_of_cell = layout.batch_of_cells(tile * tile_rows, CELL_B)
-        in_batch = b_of_cell < tile_end
+        # What lies beyond the tile's rows is not stored; beyond the batch, it has the addresses of the last sequence.
+        tile_begin = tile * BLOCK_B if SINGLE else tile * tile_rows  # of a single block, tiles are full
+        b = tile_begin + tl.arange(0, BLOCK_B)
+        exists = b < B
+        b = tl.minimum(b, B - 1)
+        b_of_cell = layout.batch_of_cells(tile_begin, CELL_B)
+        in_batch = b_of_cell < B
+        if not SINGLE:
+            exists = exists & (tl.arange(0, BLOCK_B) < tile_rows)
+            in_batch = in_batch & (layout.batch_of_cells(0, CELL_B) < tile_rows)
         inside = (unit_of_cell < H) & in_batch
         stored = (unit_of_cell < HX) & in_batch
         stored_pairs = (pair_of_cell < HX // 2) & in_batch

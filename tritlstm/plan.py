@@ -693,6 +693,8 @@ def _feasible(
             received /= 2  # else 16 to 56 bytes spill for sm_90
         if problem.precision == "tf32" and from_shared and (cells >= 2 or (problem.stacked and not forward)):
             received /= 4  # beside weights that pass through registers to be rounded, else 8 to 88 bytes spill
+        elif problem.precision == "tf32" and half and problem.chains > 1:
+            received /= 4  # else 8 bytes spill for sm_90
         if problem.normed and forward and _scalar_products(problem):
             received = 0  # one at a time, else 8 bytes spill for sm_90
         resident = poll = 0
