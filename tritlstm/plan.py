@@ -654,6 +654,8 @@ def _feasible(
         return
     if problem.normed and parts == 8 and cells > 1 and device.arch != "emulated":
         return  # 8 to 160 bytes spill for sm_90
+    if problem.chains > 1 and parts == 8 and cells > 1 and problem.precision == "tf32" and device.arch == "sm_90":
+        return  # 16 bytes spill at H=768
     if _without_wgmma(device):
         if problem.normed and (stages > 1 or (tier == "persistent" and block_h > 16)):
             return  # 8 to 48 bytes spill for sm_80
