@@ -593,6 +593,8 @@ def _most_cells(problem: _Problem, tier: str, block_b: int) -> float:
     backward = problem.direction == "backward"
     if problem.stacked and backward and problem.element == 4 and problem.device.matrix_rows > 16:
         return 1  # 2 spill up to 100 bytes for sm_90
+    if problem.normed and backward and problem.precision == "tf32" and problem.device.arch == "sm_90":
+        return 1  # 2 spill 8 to 24 bytes
     if problem.stacked or problem.normed or (tier == "step" and (backward or problem.pieces > 1)):
         return 2  # of a step, 4 spill 8 bytes for sm_90
     if TRITON >= (3, 9) and problem.chains > 1 and backward:
