@@ -317,7 +317,7 @@ def expected_matrix(launch: Launch, dtype: torch.dtype, arch: str) -> re.Pattern
     """The matrix instruction that is meant; None where products are to run on ordinary multiply-adds.
 
     wgmma (sm_90) and tcgen05 (sm_100) multiply 64 rows at least. The forward pass gives them 4 * BLOCK_H rows, the
-    backward pass PARTS * BLOCK_H. Fewer than 16 columns the compiler leaves to mma.sync.
+    backward pass PARTS * BLOCK_H. Fewer columns than `plan.WGMMA_COLUMNS` the compiler leaves to mma.sync.
     """
     constants = launch.constants
     if arch.startswith("gfx"):
@@ -330,7 +330,7 @@ def expected_matrix(launch: Launch, dtype: torch.dtype, arch: str) -> re.Pattern
         rows = 4 * constants["BLOCK_H"]
     else:
         rows = constants["BLOCK_H"] * constants["PARTS"]
-    if rows >= 64 and constants.get("BLOCK_B", 16) >= 16 and arch in ("sm_90", "sm_100"):
+    if rows >= 64 and constants.get("BLOCK_B", 16) >= plan.WGMMA_COLUMNS and arch in ("sm_90", "sm_100"):
         return re.compile("HGMMA" if arch == "sm_90" else "UTC.?MMA")
     return re.compile("HMMA")
 

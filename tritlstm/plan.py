@@ -47,6 +47,8 @@ __all__ = [
 TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 #: 3.7, which the kernels are tuned with. What another one needs besides stands where it is asked for.
 TUNED = (3, 7) <= TRITON < (3, 9)
+#: Columns that a product has at least for wgmma, as Triton makes it.
+WGMMA_COLUMNS = 8 if TRITON >= (3, 8) else 16
 TIERS = ("single", "persistent", "streaming", "step")
 PROTOCOLS = {"none": exchange.NONE.value, "counter": exchange.COUNTER.value, "flag": exchange.FLAG.value}
 TAGGED_SLOTS = exchange.TAGGED_SLOTS.value
@@ -580,8 +582,8 @@ def _most_cells(problem: _Problem, tier: str, block_b: int) -> float:
     if tier == "single":
         if few and problem.direction == "backward":
             return 2
-        if problem.chains > 1 and problem.direction == "forward" and problem.device.matrix_rows > 16 and not TUNED:
-            return 4  # 8 spill 8 to 24 bytes for sm_90
+        if problem.chains > 1 and problem.device.matrix_rows > 16 and not TUNED:
+            return 4 if problem.direction == "forward" else 2  # more spill 8 to 32 bytes for sm_90
         if problem.chains > 1 and problem.direction == "backward" and _without_wgmma(problem.device):
             return 2  # 4 spill 8 bytes for sm_80
         if problem.direction == "backward" and problem.pieces > 1:
@@ -589,6 +591,8 @@ def _most_cells(problem: _Problem, tier: str, block_b: int) -> float:
             return 0 if problem.chains > 1 else 2 if problem.device.matrix_rows == 16 or block_b > 16 else 4
         if problem.direction == "backward" and problem.element == 4 and problem.device.matrix_rows > 16:
             return 4 if block_b <= 16 else 0  # 8 spill 8 bytes for sm_90
+        if problem.direction == "forward" and TRITON < (3, 7) and problem.device.matrix_rows > 16:
+            return 4  # 8 spill 24 bytes for sm_90
         return 8 if problem.direction == "forward" or block_b <= 16 else 0
     backward = problem.direction == "backward"
     if problem.stacked and backward and problem.element == 4 and problem.device.matrix_rows > 16:
@@ -597,8 +601,8 @@ def _most_cells(problem: _Problem, tier: str, block_b: int) -> float:
         return 1  # 2 spill 8 to 24 bytes
     if problem.stacked or problem.normed or (tier == "step" and (backward or problem.pieces > 1)):
         return 2  # of a step, 4 spill 8 bytes for sm_90
-    if TRITON >= (3, 9) and problem.chains > 1 and backward:
-        return 2  # 4 spill 16 bytes for sm_90 at H=1536
+    if backward and not TUNED:
+        return 2  # 4 spill 16 to 144 bytes for sm_90
     if backward and _without_wgmma(problem.device):
         return 2  # 4 spill 8 to 16 bytes for sm_80
     if problem.element == 4 and problem.device.matrix_rows > 16 and (tier == "persistent" or problem.chains > 1):
@@ -794,7 +798,7 @@ def _cost(problem: _Problem, plan: RecurrentPlan) -> StepCost:
     warp_groups = math.ceil(plan.block_h * (4 if forward else plan.parts) / 64)
     tiles_read = 2 * warp_groups * plan.block_b * contracted * (1 if forward else 4) * element
     per_clock = SHARED_BYTES_PER_CLOCK
-    if plan.block_b < 16 and device.matrix_rows > 16:
+    if plan.block_b < WGMMA_COLUMNS and device.matrix_rows > 16:
         per_clock //= 2  # no wgmma is that narrow: weights pass through registers
     in_shared = (plan.resident - plan.held) / plan.chunks
     shared = products * (in_shared * weight_bytes + tiles_read / plan.parts) / (per_clock * clock)
