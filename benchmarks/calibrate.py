@@ -92,10 +92,9 @@ def settings(clusters: bool = False) -> Iterator[Setting]:
             yield Setting(direction, batch, hidden, half, (("held", 0),))
             if direction == "backward":
                 yield Setting(direction, batch, hidden, half, (("held", 0), ("parts", 4)))
-            if direction == "backward" and clusters:
-                yield Setting(direction, batch, hidden, half, (("clustered", True),))
         if direction == "backward" and clusters:
-            teams = ((1, 256, 8), (32, 256, 4), (16, 512, 4), (16, 512, 8), (16, 768, 4), (16, 1536, 8))
+            teams = ((1, 256, 8), (32, 256, 4), (16, 512, 4), (16, 512, 8), (16, 768, 4), (16, 768, 8), (32, 1024, 8),
+                     (16, 1536, 8))  # fmt: skip
             for batch, hidden, parts in teams:
                 yield Setting(direction, batch, hidden, half, (("clustered", True), ("parts", parts)))
         # So many blocks that the whole L2 is the limit.

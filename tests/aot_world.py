@@ -165,6 +165,7 @@ class World:
             "guards": list(guards[0:count]),
             "kernel": launch.kernel,
             "grid": (launched.x, launched.y),
+            "cluster": (1, 0, 0, 0),  # none
             "arguments": arguments,
             "constants": launch.constants,
             "emulation": dataclasses.asdict(emulation),

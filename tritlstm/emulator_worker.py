@@ -73,7 +73,7 @@ class Cluster:
 
     @classmethod
     def of(cls, request: dict[str, Any], program: tuple[int, ...], address: int) -> Cluster | None:
-        blocks, size, memory, meetings = request.get("cluster", (1, 0, 0, 0))
+        blocks, size, memory, meetings = request["cluster"]
         if blocks == 1:
             return None
         (x, y, z), (columns, rows, _) = _whole(program), _whole(request["grid"], 1)

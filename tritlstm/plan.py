@@ -450,9 +450,8 @@ def _candidates(problem: _Problem) -> Iterator[RecurrentPlan]:
                 if (block_h > 16 or parts > 4) and block_h * parts >= 2 * padded(hidden):
                     continue
                 for stages in _stages(problem, tier):
-                    num_warps = _num_warps(problem, block_h * parts)
+                    sizes = (block_h, block_b, parts, _num_warps(problem, block_h * parts), stages)
                     for clustered in _clusters(problem, tier, parts):
-                        sizes = (block_h, block_b, parts, num_warps, stages)
                         yield from _feasible(problem, tier, *sizes, clustered=clustered)
                         if stages == 1 and block_b >= 16 and _holds(problem, tier):
                             yield from _feasible(problem, tier, *sizes, 1, clustered)
@@ -655,7 +654,8 @@ def _feasible(
     forward = problem.direction == "forward"
     matrices = 2 if problem.stacked else 1  # of weights a block
     threads = num_warps * device.warp_size
-    cells = block_h * (block_b // 2 if half else block_b) / threads
+    places = block_b // 2 if half else block_b
+    cells = block_h * places / threads
     if cells > _most_cells(problem, tier, block_b) or (held and cells > 2):
         return
     if problem.normed and parts == 8 and cells > 1 and device.arch != "emulated":
@@ -740,8 +740,6 @@ def _feasible(
         shared = (resident * matrices - held) * chunk_bytes + beside + scratch
         if held:
             shared = max(shared, HELD_SCRATCH)
-    if problem.tile_rows is not None and problem.tile_rows > block_b:
-        return
     plan = RecurrentPlan(
         problem.direction, tier, "none", hidden, problem.dtype, problem.precision, block_h, block_b, block_k, parts,
         chunks, resident, poll, num_warps, n_blocks, n_tiles, n_tiles, shared, problem.save, cost=_NO_COST,
@@ -760,7 +758,7 @@ def _feasible(
             # A single block and one step's launches read no more for more rows; the emulator has too few processors.
             if problem.tile_rows is None and tier in ("persistent", "streaming") and device.arch != "emulated":
                 rows = tile_rows(problem.batch, block_b, most_groups)
-            if half and rows > block_b // 2:
+            if rows > places:
                 continue
             tiles = -(-problem.batch // rows)
             groups = min(tiles, most_groups)
@@ -967,14 +965,14 @@ def _together(
     directions = ("forward", "backward") if training else ("forward",)
     fixed = (length, batch, hidden, dtype, device, precision, training, dict(overrides))
     alone = [recurrent(direction, *fixed) for direction in directions]
-    # Full tiles: a batch that is dealt out to all multiprocessors leaves none for another layer.
-    full = [recurrent(d, *fixed[:-1], {**fixed[-1], **FULL_TILES}) for d in directions]
     apart = Together("apart", 1, layers * sum(plan.cost_of(length) for plan in alone))
     ways = [apart]
     if layers > 1 and length > 1:
         with contextlib.suppress(PlanError):
             waves = [recurrent(direction, *fixed, layers, stacked=True) for direction in directions]
             ways.append(Together("wavefront", 1, sum(plan.cost_of(length) for plan in waves)))
+        # Full tiles: a batch that is dealt out to all multiprocessors leaves none for another layer.
+        full = [recurrent(direction, *fixed[:-1], {**fixed[-1], **FULL_TILES}) for direction in directions]
         ways.append(_pipeline(full, length, layers, device, *costs))
     return min(ways, key=lambda way: way.us)
 
