@@ -225,8 +225,11 @@ def _bench(args: argparse.Namespace) -> int:
 
     if hint := device_module.busy(device):
         print(hint)
-    if args.compile_jobs > 1 and device.kind == "gpu":
-        _compile_ahead(cases, providers, store, args.compile_jobs)
+    if args.compile_jobs > 1:
+        if device.kind == "gpu":
+            _compile_ahead(cases, providers, store, args.compile_jobs)
+        else:
+            print("--compile-jobs: for a CPU nothing is compiled")
     effort = Effort(budget_ms=80.0, rounds=5, fewest=5) if args.quick else efforts[name]
     status = EXIT_OK
     with device_module.settings(device), _reporter() as reporter:

@@ -99,6 +99,14 @@ def test_c_chooses_as_python_does(c: Any, built: list[aot.Kernel], family: str) 
     assert {tier for _, tier in chosen} >= {"persistent", "streaming", "step"}
 
 
+def test_no_clusters_are_built() -> None:
+    """They may be what the planner takes (TRITLSTM_CLUSTERS); the launcher in C makes none."""
+    device = dataclasses.replace(DEVICES["sm_90"], clusters=True)
+    assert plan.recurrent("backward", 2, 16, 768, torch.float16, device, "ieee", True).clustered
+    for tiers in ((), ("persistent",)):
+        assert not any(p.clustered for p in aot.recurrent_plans(torch.float16, 768, device, tiers))
+
+
 @pytest.mark.parametrize("family", SELECTION.families)
 def test_the_planners_own_choice_is_built_and_taken(built: list[aot.Kernel], family: str) -> None:
     """At the batch sizes that the set is made for, what Python would run is what C runs."""

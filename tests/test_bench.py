@@ -762,8 +762,9 @@ def test_a_killed_run_loses_nothing(tmp_path):
 
 
 def test_bench_writes_rows_markdown_and_says_where(tmp_path, capsys):
-    assert bench(*ONE_CASE, "--output", tmp_path, "--note", "in a test") == 0
+    assert bench(*ONE_CASE, "--output", tmp_path, "--note", "in a test", "--compile-jobs", "2") == 0
     printed = capsys.readouterr().out
+    assert "--compile-jobs: for a CPU nothing is compiled" in printed
     (path,) = tmp_path.glob("*-cpu-quick.json")
     got = json.loads(path.read_text())
     assert [row["pass"] for row in got] == list(PASSES)

@@ -393,6 +393,8 @@ def test_who_has_fewer_rows_reads_less() -> None:
     assert (asked.tile_rows, asked.n_tiles) == (5, 4)
     with pytest.raises(plan.PlanError, match="no forward kernel"):
         plan.recurrent(*fixed, overrides={"tile_rows": 33})
+    with pytest.raises(plan.PlanError, match="no forward kernel"):  # whose tiles are full
+        plan.recurrent("forward", 9, 16, 64, FP16, plan.DEVICES["sm_90"], overrides={"tier": "single", "tile_rows": 5})
 
 
 def test_layers_of_a_pipeline_leave_each_other_room() -> None:

@@ -47,7 +47,7 @@ class Constants:
     grad_us: float = 0.15  # backward: the same
     parts_us: float = 0.15  # backward: what the second hand-off takes longer than the first
     cluster_us: float = 0.20  # backward: the second hand-off where a team is a cluster, but for its bytes
-    cluster_bytes_per_us: float = 24.8e3  # of them; 3.27 TB/s between the SMs of a H100's clusters (arXiv 2402.13499)
+    cluster_bytes_per_us: float = 24.8e3  # of them; 3.27 TB/s in clusters of two (arXiv 2402.13499) over 132 SMs
     turn_us: float = 0.05  # a single block: a product's operand to shared memory and its result back
     fence_us: float = 0.04  # between the products of two chunks: the wait for the first and a fence
     launch_us: float = 5.0

@@ -758,8 +758,8 @@ def _feasible(
             # A single block and one step's launches read no more for more rows; the emulator has too few processors.
             if problem.tile_rows is None and tier in ("persistent", "streaming") and device.arch != "emulated":
                 rows = tile_rows(problem.batch, block_b, most_groups)
-            if rows > places:
-                continue
+            if rows > places or (tier == "single" and rows < places):
+                continue  # a single block's tiles are full
             tiles = -(-problem.batch // rows)
             groups = min(tiles, most_groups)
             chosen = dataclasses.replace(
