@@ -80,7 +80,10 @@ def measure(device: Device, dtype: str) -> Limits:
     copy_ms = min(device.timer.sample(lambda _: target.copy_(source), 16)[1:])
 
     n, tries = (8192, 8) if gpu else (512, 400)
-    a, b = (torch.randn(n, n, device=device.torch_device).to(TORCH_DTYPE[dtype]) for _ in range(2))
+    # Operands of TF32 have no more bits than those of fp16, which an implementation may take instead.
+    tf32 = gpu and dtype == "fp32" and torch.backends.cuda.matmul.allow_tf32
+    factors = TORCH_DTYPE["fp16" if tf32 else dtype]
+    a, b = (torch.randn(n, n, device=device.torch_device).to(factors) for _ in range(2))
     product = torch.empty_like(a)
     device.timer.sample(lambda _: torch.mm(a, b, out=product), 2)
     product_ms = min(device.timer.sample(lambda _: torch.mm(a, b, out=product), tries))

@@ -4,9 +4,9 @@ Both recurrent kernels call these and nothing else does the arithmetic again. Ga
 Source: Hochreiter & Schmidhuber (1997) with the forget gate of Gers et al. (2000), as in ``torch.nn.LSTM``. What a
 variant changes (``tritlstm.reference.Variant`` has its equations) are compile-time branches: off, they leave no trace.
 
-``EXACT`` is for results that are kept in fp32: an exponential with its argument reduced, correctly rounded
-division, and a ``tanh`` without cancellation; the short forms err by a few 1e-7 of 1, more for large arguments.
-``AMD`` has no PTX.
+``FORM`` says how exponential functions are made. ``EXACT`` is for results that are kept in fp32: an exponential with
+its argument reduced, correctly rounded division, and a ``tanh`` without cancellation. ``NEAR``, beside products of
+TF32, errs by a few 1e-7 of each value, ``SHORT`` by as much of 1; both by more for large arguments. ``AMD`` has no PTX.
 """
 
 import triton
@@ -15,6 +15,17 @@ import triton.language as tl
 _EXP2 = tl.constexpr("ex2.approx.ftz.f32 $0, $1;")
 _RECIPROCAL = tl.constexpr("rcp.approx.ftz.f32 $0, $1;")
 _LOG2_E = tl.constexpr(1.4426950408889634)
+SHORT = tl.constexpr(0)
+NEAR = tl.constexpr(1)
+EXACT = tl.constexpr(2)
+
+
+@triton.constexpr_function
+def form(dtype, precision):
+    """For results of ``dtype`` after products of ``precision``."""
+    if dtype != tl.float32:
+        return SHORT.value
+    return NEAR.value if precision in ("tf32", "fp16") else EXACT.value
 
 
 @triton.jit
@@ -36,8 +47,10 @@ def _reciprocal(x, AMD: tl.constexpr):
 
 
 @triton.jit
-def _exp(x, EXACT: tl.constexpr, AMD: tl.constexpr):
-    if EXACT:
+def _exp(x, FORM: tl.constexpr, AMD: tl.constexpr):
+    if FORM == EXACT:
+        # Far beyond where the result is zero or infinity; the rest of a huge x would be anything.
+        x = tl.minimum(tl.maximum(x, -200.0, tl.PropagateNan.ALL), 200.0, tl.PropagateNan.ALL)
         # x = n ln 2 + rest; n times the upper part of ln 2 is exact.
         n = tl.floor(x * _LOG2_E + 0.5)
         rest = (x - n * 0.693145751953125) - n * 1.4286068203094172e-06
@@ -48,9 +61,9 @@ def _exp(x, EXACT: tl.constexpr, AMD: tl.constexpr):
 
 
 @triton.jit
-def sigmoid(x, EXACT: tl.constexpr, AMD: tl.constexpr):
-    e = _exp(-x, EXACT, AMD)
-    if EXACT:
+def sigmoid(x, FORM: tl.constexpr, AMD: tl.constexpr):
+    e = _exp(-x, FORM, AMD)
+    if FORM == EXACT:
         y = tl.div_rn(1.0, 1.0 + e)
     else:
         y = _reciprocal(1.0 + e, AMD)
@@ -58,12 +71,15 @@ def sigmoid(x, EXACT: tl.constexpr, AMD: tl.constexpr):
 
 
 @triton.jit
-def tanh(x, EXACT: tl.constexpr, AMD: tl.constexpr):
-    if EXACT:
+def tanh(x, FORM: tl.constexpr, AMD: tl.constexpr):
+    if FORM != SHORT:
         # (1 - e) / (1 + e) cancels near zero; the Taylor polynomial is exact to fp32 rounding below 0.25.
         magnitude = tl.abs(x)
-        e = _exp(-2.0 * magnitude, EXACT, AMD)
-        large = tl.div_rn(1.0 - e, 1.0 + e)
+        e = _exp(-2.0 * magnitude, FORM, AMD)
+        if FORM == EXACT:
+            large = tl.div_rn(1.0 - e, 1.0 + e)
+        else:
+            large = (1.0 - e) * _reciprocal(1.0 + e, AMD)
         square = x * x
         series = 0.021869488536155203
         series = series * square - 0.053968253968253971
@@ -73,17 +89,17 @@ def tanh(x, EXACT: tl.constexpr, AMD: tl.constexpr):
         y = tl.where(magnitude < 0.25, small, large)
         y = tl.where(x < 0, -y, y)
     else:
-        y = 2.0 * _reciprocal(1.0 + _exp(-2.0 * x, EXACT, AMD), AMD) - 1.0
+        y = 2.0 * _reciprocal(1.0 + _exp(-2.0 * x, FORM, AMD), AMD) - 1.0
     return y
 
 
 @triton.jit
-def activation(x, KIND: tl.constexpr, EXACT: tl.constexpr, AMD: tl.constexpr):
+def activation(x, KIND: tl.constexpr, FORM: tl.constexpr, AMD: tl.constexpr):
     """``KIND`` is a place in ``tritlstm.cell_options.ACTIVATIONS``."""
     if KIND == 0:
-        y = sigmoid(x, EXACT, AMD)
+        y = sigmoid(x, FORM, AMD)
     elif KIND == 1:
-        y = tanh(x, EXACT, AMD)
+        y = tanh(x, FORM, AMD)
     elif KIND == 2:
         y = tl.maximum(x, 0.0)
     elif KIND == 3:
@@ -91,16 +107,16 @@ def activation(x, KIND: tl.constexpr, EXACT: tl.constexpr, AMD: tl.constexpr):
     elif KIND == 4:
         y = x / (1.0 + tl.abs(x))
     elif KIND == 5:
-        y = tl.maximum(x, 0.0) + tl.log(1.0 + _exp(-tl.abs(x), EXACT, AMD))
+        y = tl.maximum(x, 0.0) + tl.log(1.0 + _exp(-tl.abs(x), FORM, AMD))
     elif KIND == 6:
         y = tl.where(x > 0, x, 0.01 * x)
     else:
-        y = tl.where(x > 0, x, _exp(tl.minimum(x, 0.0), EXACT, AMD) - 1.0)
+        y = tl.where(x > 0, x, _exp(tl.minimum(x, 0.0), FORM, AMD) - 1.0)
     return y
 
 
 @triton.jit
-def through(d, y, KIND: tl.constexpr, EXACT: tl.constexpr, AMD: tl.constexpr):
+def through(d, y, KIND: tl.constexpr, FORM: tl.constexpr, AMD: tl.constexpr):
     """``d`` times the derivative of :func:`activation`, from its value ``y``."""
     if KIND == 0:
         d = d * y * (1.0 - y)
@@ -113,7 +129,7 @@ def through(d, y, KIND: tl.constexpr, EXACT: tl.constexpr, AMD: tl.constexpr):
     elif KIND == 4:
         d = d * (1.0 - tl.abs(y)) * (1.0 - tl.abs(y))
     elif KIND == 5:
-        d = d * (1.0 - _exp(-y, EXACT, AMD))
+        d = d * (1.0 - _exp(-y, FORM, AMD))
     elif KIND == 6:
         d = tl.where(y > 0, d, 0.01 * d)
     else:
@@ -142,7 +158,7 @@ def peephole_weights(peephole_ptr, unit, H: tl.constexpr):
 
 @triton.jit
 def forward(
-    pre_i, pre_f, pre_g, pre_o, c_previous, EXACT: tl.constexpr, AMD: tl.constexpr, peephole=None,
+    pre_i, pre_f, pre_g, pre_o, c_previous, FORM: tl.constexpr, AMD: tl.constexpr, peephole=None,
     COUPLED: tl.constexpr = False, CLIP: tl.constexpr = None, GATE: tl.constexpr = 0, NODE: tl.constexpr = 1,
     SHOWN: tl.constexpr = 1,
 ):  # fmt: skip
@@ -153,24 +169,24 @@ def forward(
     if peephole is not None:
         pre_i += peephole[0] * c_previous
         pre_f += peephole[1] * c_previous
-    i = activation(pre_i, GATE, EXACT, AMD)
+    i = activation(pre_i, GATE, FORM, AMD)
     if COUPLED:
         f = 1.0 - i
     else:
-        f = activation(pre_f, GATE, EXACT, AMD)
-    g = activation(pre_g, NODE, EXACT, AMD)
+        f = activation(pre_f, GATE, FORM, AMD)
+    g = activation(pre_g, NODE, FORM, AMD)
     if peephole is None:
-        o = activation(pre_o, GATE, EXACT, AMD)
+        o = activation(pre_o, GATE, FORM, AMD)
         c = candidate(i, f, g, c_previous, CLIP)
     else:
         c = candidate(i, f, g, c_previous, CLIP)
-        o = activation(pre_o + peephole[2] * c, GATE, EXACT, AMD)
-    return i, f, g, o, c, o * activation(c, SHOWN, EXACT, AMD)
+        o = activation(pre_o + peephole[2] * c, GATE, FORM, AMD)
+    return i, f, g, o, c, o * activation(c, SHOWN, FORM, AMD)
 
 
 @triton.jit
 def backward(
-    dh, dc, i, f, g, o, c, c_previous, EXACT: tl.constexpr, AMD: tl.constexpr, peephole=None,
+    dh, dc, i, f, g, o, c, c_previous, FORM: tl.constexpr, AMD: tl.constexpr, peephole=None,
     COUPLED: tl.constexpr = False, CLIP: tl.constexpr = None, GATE: tl.constexpr = 0, NODE: tl.constexpr = 1,
     SHOWN: tl.constexpr = 1, normed=None,
 ):  # fmt: skip
@@ -181,25 +197,25 @@ def backward(
     ``(d_pre_i, d_pre_f, d_pre_g, d_pre_o, dc_previous)``, fp32.
     """
     if normed is None:
-        shown = activation(c, SHOWN, EXACT, AMD)
-        dc = dc + through(dh * o, shown, SHOWN, EXACT, AMD)
+        shown = activation(c, SHOWN, FORM, AMD)
+        dc = dc + through(dh * o, shown, SHOWN, FORM, AMD)
     else:
         shown = normed[0]
         dc = dc + normed[1]
     if peephole is not None:
-        d_pre_o = through(dh * shown, o, GATE, EXACT, AMD)
+        d_pre_o = through(dh * shown, o, GATE, FORM, AMD)
         dc += d_pre_o * peephole[2]
     if CLIP is not None:
         dc = tl.where(tl.abs(c) < CLIP, dc, 0.0)
     if COUPLED:
-        d_pre_i = through(dc * (g - c_previous), i, GATE, EXACT, AMD)
+        d_pre_i = through(dc * (g - c_previous), i, GATE, FORM, AMD)
         d_pre_f = d_pre_i * 0.0
     else:
-        d_pre_i = through(dc * g, i, GATE, EXACT, AMD)
-        d_pre_f = through(dc * c_previous, f, GATE, EXACT, AMD)
-    d_pre_g = through(dc * i, g, NODE, EXACT, AMD)
+        d_pre_i = through(dc * g, i, GATE, FORM, AMD)
+        d_pre_f = through(dc * c_previous, f, GATE, FORM, AMD)
+    d_pre_g = through(dc * i, g, NODE, FORM, AMD)
     if peephole is None:
-        d_pre_o = through(dh * shown, o, GATE, EXACT, AMD)
+        d_pre_o = through(dh * shown, o, GATE, FORM, AMD)
     dc_previous = dc * f
     if peephole is not None:
         dc_previous += d_pre_i * peephole[0] + d_pre_f * peephole[1]

@@ -16,6 +16,7 @@ from triton.runtime import driver
 KERNELS = {
     "gate_gemm": "gate_gemm",
     "one_step": "one_step",
+    "narrow": "narrow",
     "recurrent_forward": "recurrent_forward",
     "recurrent_backward": "recurrent_backward",
     "product": "product",

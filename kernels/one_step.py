@@ -51,7 +51,7 @@ def one_step(
     AMD: tl.constexpr,
 ):
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    EXACT: tl.constexpr = dtype == tl.float32
+    FORM: tl.constexpr = cell.form(dtype, RECURRENT)
     batch_begin = tl.program_id(0) * BLOCK_B
     unit_begin = tl.program_id(1) * BLOCK_H
     row = tl.arange(0, 4 * BLOCK_H)
@@ -78,7 +78,7 @@ def one_step(
     state = b_of_cell.to(tl.int64) * H + unit_of_cell
     c0 = tl.load(c0_ptr + state, mask=inside, other=0.0).to(tl.float32)
     i, f, g, o = layout.cells_of_product(acc, BLOCK_H, BLOCK_B)
-    i, f, g, o, c, h = cell.forward(i, f, g, o, c0, EXACT, AMD)
+    i, f, g, o, c, h = cell.forward(i, f, g, o, c0, FORM, AMD)
     shown = h
     if lengths_ptr is not None:
         active = tl.load(lengths_ptr + b_of_cell, mask=in_batch, other=0) > 0

@@ -194,7 +194,7 @@ def recurrent_backward(
     N_CHUNKS: tl.constexpr = (DEPTH + BLOCK_K - 1) // BLOCK_K
     dtype: tl.constexpr = grad_gates_ptr.dtype.element_ty
     WORD: tl.constexpr = 32 // dtype.primitive_bitwidth
-    EXACT: tl.constexpr = WORD == 1
+    FORM: tl.constexpr = cell.form(dtype, PRECISION)
     STAY: tl.constexpr = not HOIST
     ROW: tl.constexpr = CHAINS * HX
     block = tl.program_id(0)
@@ -388,7 +388,7 @@ def recurrent_backward(
                 acc = rounding.multiply(weights[1], layout.matrix(own_f, BLOCK_H, BLOCK_B), acc, PRECISION)
                 acc = rounding.multiply(weights[2], layout.matrix(own_g, BLOCK_H, BLOCK_B), acc, PRECISION)
                 acc = rounding.multiply(weights[3], layout.matrix(own_o, BLOCK_H, BLOCK_B), acc, PRECISION)
-                if not EXACT:
+                if WORD == 2:
                     # A step of a single block is shorter than a fetch from memory. In fp32 no registers are left.
                     far_t = t + direction * exchange.DISTANCE
                     far = far_t.to(tl.int64) * B + b_of_cell
@@ -514,8 +514,8 @@ def recurrent_backward(
                 if PROTOCOL == exchange.COUNTER:
                     dh = tl.where(alive > 0, dh, float("nan"))
                 c_hat = (c - mean_c) * inverse_c
-                shown = cell.activation(c_hat * gains[4] + gains[5], SHOWN, EXACT, AMD)
-                d_shown = cell.through(dh * o, shown, SHOWN, EXACT, AMD)
+                shown = cell.activation(c_hat * gains[4] + gains[5], SHOWN, FORM, AMD)
+                d_shown = cell.through(dh * o, shown, SHOWN, FORM, AMD)
                 d_hat = d_shown * gains[4]
                 row_turn += 1
                 first_mean, second_mean = norm.means(
@@ -526,7 +526,7 @@ def recurrent_backward(
                 grad_gain += tl.where(t < length, d_shown * c_hat, 0.0)
                 grad_bias += tl.where(t < length, d_shown, 0.0)
             di, df, dg, do, dc_earlier = cell.backward(
-                dh, dc_new, i, f, g, o, c, c_earlier, EXACT, AMD, peephole, COUPLED, CLIP, GATE, NODE, SHOWN, normed
+                dh, dc_new, i, f, g, o, c, c_earlier, FORM, AMD, peephole, COUPLED, CLIP, GATE, NODE, SHOWN, normed
             )
             if ZONEOUT_C > 0:
                 dc_earlier += keep_c * dc

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from . import cell, exchange, layout, norm, random_bits, rounding
+from . import cell, exchange, layout, narrow, norm, random_bits, rounding
 
 
 @triton.jit
@@ -130,6 +130,9 @@ def recurrent_forward(
     rows_ptr=None,  # [n_groups, TAGGED_SLOTS, n_blocks, 2, BLOCK_B] int64, zero; None if SINGLE
     products_ptr=None,  # [T, B, HX, 4], out: normalised recurrent products, if SAVE
     statistics_ptr=None,  # [T, B, STATISTICS] fp32, out, if SAVE
+    # Of fp32 whose products are of fp16, w_ptr, entry_ptr and exchange_ptr too (narrow.py):
+    w_scale_ptr=None,  # [HX, 4] fp32: what the sums of a row of w_hh are multiplied with
+    entry_scale_ptr=None,  # [B] fp32: those with a row of entry_ptr, besides
     KEEP_GATES: tl.constexpr = True,  # write the activated gates, if SAVE
     COUPLED: tl.constexpr = False,
     CLIP: tl.constexpr = None,
@@ -141,8 +144,10 @@ def recurrent_forward(
 ):
     N_CHUNKS: tl.constexpr = (HX + BLOCK_K - 1) // BLOCK_K
     dtype: tl.constexpr = exchange_ptr.dtype.element_ty
+    value: tl.constexpr = out_ptr.dtype.element_ty
     WORD: tl.constexpr = 32 // dtype.primitive_bitwidth
-    EXACT: tl.constexpr = WORD == 1
+    FORM: tl.constexpr = cell.form(value, PRECISION)
+    NARROW: tl.constexpr = w_scale_ptr is not None
     STAY: tl.constexpr = not HOIST
     ROW: tl.constexpr = CHAINS * HX
     CELL_B: tl.constexpr = BLOCK_B // 2 if HALF else BLOCK_B
@@ -158,6 +163,10 @@ def recurrent_forward(
         h0_ptr += chain.to(tl.int64) * B * HX
         c0_ptr += chain.to(tl.int64) * B * H
         exchange_ptr += chain * HX
+        if NARROW:
+            entry_ptr += chain.to(tl.int64) * B * HX
+            w_scale_ptr += chain * (4 * HX)
+            entry_scale_ptr += chain * B
         if not STACKED:
             out_ptr += chain * H
         cells_ptr += chain * HX
@@ -211,6 +220,11 @@ def recurrent_forward(
         bias = tl.load(bias_at, mask=(tl.expand_dims(unit_of_cell, 3) < HX) & (gate < 4), other=0.0)
         b_i, b_f, b_g, b_o = layout.split_gates(tl.reshape(bias, (1, BLOCK_H, 1, 2, 2)))
 
+    if NARROW:
+        scales_at = w_scale_ptr + tl.expand_dims(unit_of_cell * 4, 3) + gate
+        scales = tl.load(scales_at, mask=(tl.expand_dims(unit_of_cell, 3) < H) & (gate < 4), other=0.0)
+        s_i, s_f, s_g, s_o = layout.split_gates(tl.reshape(scales, (1, BLOCK_H, 1, 2, 2)))
+
     alive = tl.full((), 1, tl.int32)
     for tile in range(group, n_tiles, tl.num_programs(1)):
         # What lies beyond the tile's rows is not stored; beyond the batch, it has the addresses of the last sequence.
@@ -242,6 +256,8 @@ def recurrent_forward(
             c = tl.load(c_n_ptr + state, mask=inside, other=0.0).to(tl.float32)
         if h_scale_ptr is not None:
             h_scale = tl.load(h_scale_ptr + state, mask=inside, other=0.0).to(tl.float32)
+        if NARROW:
+            entry_scale = tl.load(entry_scale_ptr + b_of_cell, mask=in_batch, other=1.0)
 
         # t = t_begin + direction * step
         direction = 1 - 2 * reverse
@@ -345,6 +361,13 @@ def recurrent_forward(
             r_i, r_f, r_g, r_o = layout.cells_of_product(acc, BLOCK_H, CELL_B)
             if STACKED:
                 r_i, r_f, r_g, r_o = r_i + b_i, r_f + b_f, r_g + b_g, r_o + b_o
+            if NARROW:
+                enters = step == 0
+                if lengths_ptr is not None:
+                    enters = enters | (t_previous >= length_of_cell)
+                factor = tl.where(enters, entry_scale, 1.0)
+                r_i, r_f = r_i * (s_i * factor), r_f * (s_f * factor)
+                r_g, r_o = r_g * (s_g * factor), r_o * (s_o * factor)
             if norm_ptr is not None:
                 known = unit_of_cell < H
                 # Here, not before the loop: its registers are those that the product lacks.
@@ -358,14 +381,14 @@ def recurrent_forward(
                 r_g, r_o = tl.where(known, (r_g - mean) * inverse, 0.0), tl.where(known, (r_o - mean) * inverse, 0.0)
                 if SAVE:
                     at = products_ptr + tl.expand_dims(row * (4 * HX) + unit_of_cell * 4, 3) + gate
-                    hats = layout.join_gates(r_i.to(dtype), r_f.to(dtype), r_g.to(dtype), r_o.to(dtype))
+                    hats = layout.join_gates(r_i.to(value), r_f.to(value), r_g.to(value), r_o.to(value))
                     tl.store(at, hats, mask=in_gates)
                     at = tl.broadcast_to(statistics_ptr + row * norm.STATISTICS, inverse.shape)
                     tl.store(at, inverse, mask=in_batch & (unit_of_cell == 0))
                 r_i, r_f, r_g, r_o = r_i * gains[0], r_f * gains[1], r_g * gains[2], r_o * gains[3]
             i, f, g, o, c_new, h_new = cell.forward(
                 r_i + p_i.to(tl.float32), r_f + p_f.to(tl.float32), r_g + p_g.to(tl.float32), r_o + p_o.to(tl.float32),
-                c, EXACT, AMD, peephole, COUPLED, CLIP, GATE, NODE, SHOWN,
+                c, FORM, AMD, peephole, COUPLED, CLIP, GATE, NODE, SHOWN,
             )  # fmt: skip
             if norm_ptr is not None:
                 row_turn += 1
@@ -378,12 +401,12 @@ def recurrent_forward(
                     tl.store(at + 1, mean, mask=in_batch & (unit_of_cell == 0))
                     tl.store(at + 2, inverse, mask=in_batch & (unit_of_cell == 0))
                 shown = (c_new - mean) * inverse * gains[4] + gains[5]
-                h_new = o * cell.activation(shown, SHOWN, EXACT, AMD)
+                h_new = o * cell.activation(shown, SHOWN, FORM, AMD)
             if ZONEOUT_H > 0 or ZONEOUT_C > 0:
                 keep_h, keep_c = random_bits.zones(noise_ptr, row * H + unit_of_cell, ZONEOUT_H, ZONEOUT_C)
                 if ZONEOUT_H > 0:
                     # The h of the step before as everyone has it: rounded.
-                    h_new = keep_h * h.to(dtype).to(tl.float32) + (1.0 - keep_h) * h_new
+                    h_new = keep_h * h.to(value).to(tl.float32) + (1.0 - keep_h) * h_new
                 if ZONEOUT_C > 0:
                     c_new = keep_c * c + (1.0 - keep_c) * c_new
             if PROTOCOL == exchange.COUNTER:
@@ -395,17 +418,19 @@ def recurrent_forward(
                 active = t < length_of_cell
                 c = tl.where(active, c_new, c)
                 h = tl.where(active, h_new, h)
-                result = tl.where(active, h_new, 0.0).to(dtype)
+                result = tl.where(active, h_new, 0.0).to(value)
             else:
                 c = c_new
                 h = h_new
-                result = h_new.to(dtype)
+                result = h_new.to(value)
 
             if not SINGLE:
                 words_at = exchange_words + row * (ROW // WORD)
                 sent = result
                 if h_scale_ptr is not None:
                     sent = (result.to(tl.float32) * h_scale).to(dtype)
+                if NARROW:
+                    sent = (result * narrow.STATE_SCALE).to(dtype)
                 ahead = (direction * exchange.DISTANCE).to(tl.int64) * B * (ROW // WORD)
                 soon = step + exchange.DISTANCE < step_end
                 if WORD == 2:
@@ -425,7 +450,7 @@ def recurrent_forward(
             if SAVE:
                 if KEEP_GATES:
                     at = gates_ptr + tl.expand_dims(row * (4 * ROW) + unit_of_cell * 4, 3) + gate
-                    activated = layout.join_gates(i.to(dtype), f.to(dtype), g.to(dtype), o.to(dtype))
+                    activated = layout.join_gates(i.to(value), f.to(value), g.to(value), o.to(value))
                     tl.store(at, activated, mask=in_gates)
                 tl.store(cells_ptr + row * ROW + unit_of_cell, c, mask=stored)
 

@@ -11,6 +11,12 @@ def as_is(precision):
     return precision if precision == "tf32x3" else "ieee"
 
 
+@triton.constexpr_function
+def of_operands(precision):
+    """``input_precision`` of a product; it says nothing of operands in fp16."""
+    return "ieee" if precision == "fp16" else precision
+
+
 @triton.jit
 def nearest(x):
     """``x`` rounded to TF32.
@@ -54,5 +60,5 @@ def multiply(weights, x, acc, PRECISION: tl.constexpr):
         acc = tl.dot(weights[0], parts[1], acc, input_precision="tf32")
         acc = tl.dot(weights[0], parts[0], acc, input_precision="tf32")
     else:
-        acc = tl.dot(weights[0], x, acc, input_precision=PRECISION)
+        acc = tl.dot(weights[0], x, acc, input_precision=of_operands(PRECISION))
     return acc

@@ -1004,6 +1004,26 @@ def test_limits_are_bytes_and_operations_over_the_best_time():
     assert (limits.handoff_us, limits.shared_us, limits.cache_bytes) == (0, 0, 7)
 
 
+@pytest.mark.parametrize(("dtype", "tf32", "factors"), [
+    ("fp32", True, torch.float16), ("fp32", False, torch.float32), ("bf16", True, torch.bfloat16),
+])  # fmt: skip
+def test_where_tf32_is_allowed_the_limit_of_products_is_that_of_fp16(monkeypatch, dtype, tf32, factors):
+    seen = []
+
+    def sample(call, count):
+        call(0)
+        return [1.0, 1.0]
+
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: seen.append({a.dtype, b.dtype, out.dtype}))
+    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, tf32
+    try:
+        found = replace(cpu_device(types.SimpleNamespace(sample=sample)), kind="gpu", memory_bytes=1 << 20)
+        device.measure(found, dtype)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    assert seen == [{factors}] * 2
+
+
 def test_compiling_ahead_says_what_failed_and_goes_on():
     said: list[str] = []
     assert ahead.compile_ahead(math.sqrt, [4.0, -1.0, 9.0], 2, said.append) == 1

@@ -520,6 +520,21 @@ def test_saturated_gates_stay_finite():
         np.testing.assert_allclose(got[name].double().numpy(), exact[name], rtol=2e-3, atol=atol)
 
 
+@pytest.mark.parametrize("size", [1e3, 1e10, 1e34])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_no_pre_activation_is_too_large(size, dtype):
+    """That of a sigmoid or tanh whose exponent no float holds; and NaN stays NaN."""
+    p = Problem.draw(3, 2, 4, 16, dtype)
+    signs = torch.tensor([1.0, -1.0]).repeat(32)[:64][torch.randperm(64, generator=torch.Generator().manual_seed(0))]
+    p.b_ih = (signs * size).to(dtype)
+    got, exact = p.by_kernels(tier="persistent"), p.by_reference()
+    for name in ("out", "h_n", "c_n"):
+        np.testing.assert_allclose(got[name].double().numpy(), exact[name], rtol=0, atol=4 * torch.finfo(dtype).eps)
+    p.b_ih[3] = float("nan")
+    got = p.by_kernels(tier="persistent")
+    assert got["c_n"][:, 3].isnan().all()
+
+
 def test_a_new_length_or_batch_compiles_nothing_new():
     """The constants of a launch, which are what a compiled kernel is keyed by, do not depend on T and hardly on B."""
     device = plan.DEVICES["sm_90"]

@@ -108,9 +108,9 @@ def test_what_is_in_registers_is_not_read_from_shared_memory() -> None:
     with pytest.raises(plan.PlanError, match="held"):
         plan.recurrent("backward", 256, 32, 2048, BF16, plan.DEVICES["sm_90"], overrides={
             "held": 0, "tier": "persistent"})  # fmt: skip
-    for arch, dtype in (("sm_100", FP16), ("sm_80", FP16), ("sm_90", FP32)):
+    for arch, dtype, more in (("sm_100", FP16, {}), ("sm_80", FP16, {}), ("sm_90", FP32, {"narrow": False})):
         with pytest.raises(plan.PlanError, match="held"):
-            plan.recurrent("forward", 9, 16, 768, dtype, plan.DEVICES[arch], "tf32", overrides={"held": 1})
+            plan.recurrent("forward", 9, 16, 768, dtype, plan.DEVICES[arch], "tf32", overrides={"held": 1, **more})
 
 
 def test_a_part_of_k_begins_with_a_whole_run() -> None:
@@ -490,8 +490,41 @@ def test_few_units_are_multiplied_nearly_exactly_where_tf32_is_allowed(direction
     def precision(hidden: int, dtype: torch.dtype, asked: str) -> str:
         return plan.recurrent(direction, 9, 1024, hidden, dtype, plan.DEVICES["sm_90"], asked).precision
 
-    assert [precision(hidden, FP32, "tf32") for hidden in (1, 64, 65)] == ["tf32x3", "tf32x3", "tf32"]
+    more = "fp16" if direction == "forward" else "tf32"
+    assert [precision(hidden, FP32, "tf32") for hidden in (1, 64, 65)] == ["tf32x3", "tf32x3", more]
     assert precision(64, FP32, "ieee") == precision(64, FP16, "ieee") == "ieee"
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"])
+def test_where_tf32_is_allowed_forward_runs_as_in_fp16(arch: str) -> None:
+    """The same plan, for the operands are the same, at no more than its time: and not where h is handed on in fp32 or
+    may be larger than one."""
+    device = plan.DEVICES[arch]
+    for hidden, batch in ((72, 16), (256, 32), (768, 16), (1024, 64), (2048, 32)):
+        fixed = ("forward", 100, batch, hidden)
+        wide, half = plan.recurrent(*fixed, FP32, device, "tf32"), plan.recurrent(*fixed, FP16, device)
+        assert wide.narrow
+        assert (wide.element, wide.constants["PRECISION"], wide.constants["SEPARATE_OUT"]) == (2, "fp16", True)
+        assert dataclasses.replace(wide, dtype=FP16, precision="ieee") == half
+        assert not half.narrow
+        kept = plan.recurrent(*fixed, FP32, device, "tf32", overrides={"narrow": False})
+        assert (kept.precision, kept.narrow, kept.element) == ("tf32", False, 4)
+        assert wide.us_per_step < kept.us_per_step
+        for other in (
+            plan.recurrent(*fixed, FP32, device, "ieee"),
+            plan.recurrent(*fixed, FP32, device, "tf32", normed=True),
+            plan.recurrent("backward", *fixed[1:], FP32, device, "tf32"),
+        ):
+            assert not other.narrow
+    layers = plan.recurrent("forward", 100, 16, 128, FP32, device, "tf32", chains=2, stacked=True)
+    assert layers.precision == "tf32"
+    assert plan.recurrent("forward", 100, 16, 256, FP32, device, "tf32", chains=2).narrow
+    with pytest.raises(plan.PlanError, match="narrow"):
+        plan.recurrent("forward", 100, 16, 256, FP16, device, overrides={"narrow": True})
+    alternatives = plan.tiers("forward", 100, 16, 256, FP32, device, "tf32")
+    assert {p.narrow for p in alternatives.values() if not isinstance(p, str)} == {True}
+    alternatives = plan.tiers("forward", 100, 16, 256, FP32, device, "tf32", narrow=False)
+    assert {p.narrow for p in alternatives.values() if not isinstance(p, str)} == {False}
 
 
 def test_products_of_fp32_follow_the_switch_for_tf32() -> None:

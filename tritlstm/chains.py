@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from . import layer, plan, status
-from .cell_options import PLAIN
 from .plan import padded
 
 __all__ = ["backward", "fits", "forward"]
@@ -56,17 +55,17 @@ def forward(
     width = padded(hidden)
     device, precision = plan.device_of(x), plan.dot_precision(x)
     chosen = _plan("forward", length, batch, chains, hidden, x, save)
-    separate = width != hidden
-    chosen = layer._with_cell(chosen, PLAIN, SEPARATE_OUT=separate)
+    separate = chosen.constants["SEPARATE_OUT"]
     b_ih, b_hh = (None if b is None else _gate_major(b, width) for b in (b_ih, b_hh))
     gates = layer._input_products(x, _gate_major(w_ih, width), b_ih, b_hh, chains * width, device, precision)
-    buffer = layer._exchange_buffer((length, batch, chains * width), x, chosen.protocol)
+    buffer = layer._exchange_buffer((length, batch, chains * width), x, chosen.protocol, chosen.narrow)
     out = x.new_empty(length, batch, chains * hidden) if separate else buffer
     cells = torch.empty((length, batch, chains * width) if save else (0,), dtype=torch.float32, device=x.device)
     h_n = x.new_empty(chains, batch, hidden)
     # Between the launches of the step tier the cell state keeps fp32.
     c_n = torch.empty_like(c0, dtype=torch.float32 if chosen.tier == "step" else c0.dtype).contiguous()
     flag = status.of(x.device)
+    operands = layer._operands(w_hh, h0, chosen)
     in_rows = {
         "gates_ptr": (gates, 4 * width),
         "exchange_ptr": (buffer, width),
@@ -74,8 +73,7 @@ def forward(
         "cells_ptr": (cells, width if save else 0),
     }
     by_chain = {
-        "w_ptr": layer._pad_columns(w_hh, width).contiguous(),
-        "h0_ptr": layer._pad_columns(h0, width).contiguous(),
+        **operands.given(),
         "c0_ptr": c0.contiguous(),
         "h_n_ptr": h_n,
         "c_n_ptr": c_n,

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import aten, emulator, functional, plan
+from .cell_options import Cell
 from .functional import Lengths
+from .layer import bounded
 from .variants import Resets
 
 __all__ = ["Explanation", "KernelChoice", "LayerGroup", "explain"]
@@ -304,6 +306,14 @@ def _folds(module: Any) -> bool:
     return bool(getattr(module, "proj_size", 0))
 
 
+def _bounded(module: Any) -> bool:
+    options = getattr(module, "cell_options", None)
+    if options is None:
+        return True
+    scaled = torch.empty(0) if options.recurrent_dropout and module.training else None
+    return bounded(Cell(h_scale=scaled, zoneout_h=options.zoneout[0], activations=options.codes))
+
+
 def _note_variant(module: Any, changed: dict[str, Any], path: str) -> tuple[str, ...]:
     notes = []
     if "layer_norm" in changed and path == "kernels":
@@ -355,6 +365,9 @@ def _kernel_runs(
     layers, hidden, training = call.layers, call.hidden, call.training
     emulation = emulator.current()
     overrides = {} if emulation is None else emulation.overrides
+    may_narrow = _bounded(module)
+    if not may_narrow:
+        overrides = {**overrides, "narrow": False}
     precision = plan.dot_precision(torch.empty(0, dtype=dtype))
     normed = "layer_norm" in beyond
     at_once = length == 1 and not beyond and not _folds(module) and not overrides
@@ -368,7 +381,7 @@ def _kernel_runs(
                 chosen = plan.one_step(batch, call.input_size, hidden, dtype, device, precision, training)
             else:
                 chosen = plan.recurrent(*arguments, overrides, chains, stacked, normed)
-            found.append(KernelChoice(direction, chosen, plan.tiers(*arguments, chains, stacked, normed)))
+            found.append(KernelChoice(direction, chosen, plan.tiers(*arguments, chains, stacked, normed, may_narrow)))
         return tuple(found)
 
     directions = 1 + bool(getattr(module, "bidirectional", False))
@@ -429,7 +442,11 @@ def _kernel_runs(
     if training:
         notes.append("derivatives of a gradient and forward-mode ones run in plain PyTorch operators")
     if dtype == torch.float32:
-        notes.append(f"fp32 products in {precision}, as torch.backends.cudnn.rnn.fp32_precision asks")
+        narrow = any(isinstance(c.chosen, plan.RecurrentPlan) and c.chosen.narrow for run in runs for c in run.kernels)
+        recurrent = "; forward, the recurrent ones have operands in fp16, scaled: as many bits as TF32 keeps"
+        notes.append(
+            f"fp32 products in {precision}, as torch.backends.cudnn.rnn.fp32_precision asks{recurrent * narrow}"
+        )
     return runs, notes
 
 

@@ -40,7 +40,7 @@ import torch
 
 from . import machine_code, measured, plan
 from .kernels.launch import Launch, kernel_function
-from .plan import Device, GemmPlan, OneStepPlan, RecurrentPlan
+from .plan import Device, GemmPlan, NarrowPlan, OneStepPlan, RecurrentPlan
 
 __all__ = [
     "Configuration",
@@ -102,7 +102,7 @@ class Configuration:
     """One kernel that the planner can choose on a device, at the largest size it is chosen for."""
 
     launch: Launch
-    plan: RecurrentPlan | GemmPlan | OneStepPlan
+    plan: RecurrentPlan | GemmPlan | OneStepPlan | NarrowPlan
     dtype: torch.dtype
     device: Device
     variant: str = "plain"
@@ -117,6 +117,8 @@ def recurrent_launch(chosen: RecurrentPlan, lengths: bool = False, variant: str 
     chosen, added = _with_variant(chosen, variant)
     value, single = _meta(chosen.dtype, 1), _meta(torch.float32, 1)
     word = _meta(torch.int32, 1)
+    if chosen.narrow:
+        added |= NARROWED
     names = inspect.signature(kernel_function(plan.KERNELS[chosen.direction]).fn).parameters
     fp32 = {"cells_ptr", "grad_c_ptr"} | ({"c_n_ptr"} if chosen.tier == "step" else set())
     given: dict[str, Any] = {}
@@ -147,9 +149,12 @@ def _with_variant(chosen: RecurrentPlan, variant: str) -> tuple[RecurrentPlan, d
     names: dict[str, torch.dtype] = {}
     if variant.startswith("cell"):
         cell = Cell(coupled=True, cell_clip=2.0, zoneout_h=0.1, zoneout_c=0.2, activations=(3, 1, 4))
+        if chosen.narrow:
+            cell = cell._replace(zoneout_h=0.0, activations=(0, 4, 1))  # no h larger than one
         chosen = layer._with_cell(chosen, cell, **({"SEPARATE_OUT": chosen.tier != "single"} if forward else {}))
-        names |= {"cuts_ptr": torch.int32, "peephole_ptr": value, "h_scale_ptr": torch.float32}
-        names |= {"noise_ptr": torch.int64}
+        names |= {"cuts_ptr": torch.int32, "peephole_ptr": value, "noise_ptr": torch.int64}
+        if not chosen.narrow:
+            names["h_scale_ptr"] = torch.float32
         names |= {"entry_ptr": value} if forward else {"grad_h_ptr": torch.float32}
     if variant.endswith("norm"):
         names["norm_ptr"] = torch.float32
@@ -162,10 +167,23 @@ def _with_variant(chosen: RecurrentPlan, variant: str) -> tuple[RecurrentPlan, d
     return chosen, {name: _meta(dtype, 1) for name, dtype in names.items()}
 
 
+#: What a kernel with products of fp16 reads in place of fp32, and their scales.
+NARROWED = {
+    **dict.fromkeys(("w_ptr", "exchange_ptr", "entry_ptr"), _meta(torch.float16, 1)),
+    **dict.fromkeys(("w_scale_ptr", "entry_scale_ptr"), _meta(torch.float32, 1)),
+}
+
+
 def gemm_launch(chosen: GemmPlan, dtype: torch.dtype) -> Launch:
     value = _meta(dtype, 1)
     pointers = dict.fromkeys(("x_ptr", "w_ptr", "b_ih_ptr", "b_hh_ptr", "gates_ptr"), value)
     return chosen.launch({**pointers, "rows": 3, "B": 3, "x_stride_t": 3, "x_stride_b": 3})
+
+
+def narrow_launch(chosen: NarrowPlan) -> Launch:
+    half, single = _meta(torch.float16, 1), _meta(torch.float32, 1)
+    pointers = {"w_ptr": single, "h0_ptr": single, "w_out_ptr": half, "entry_ptr": half}
+    return chosen.launch({**pointers, "w_scale_ptr": single, "entry_scale_ptr": single, "states": 3})
 
 
 def one_step_launch(chosen: OneStepPlan, lengths: bool = False) -> Launch:
@@ -180,7 +198,7 @@ def recurrent_key(chosen: RecurrentPlan) -> tuple:
     """What tells the kernels of a direction and dtype apart, except for H and what follows from it."""
     return (chosen.tier, chosen.protocol, chosen.block_h, chosen.block_b, chosen.block_k, chosen.parts,
             chosen.num_warps, chosen.poll, chosen.chains > 1, chosen.stacked, chosen.stages, chosen.held,
-            chosen.clustered, chosen.half)  # fmt: skip
+            chosen.clustered, chosen.half, chosen.narrow)  # fmt: skip
 
 
 def configurations(device: Device, products: Any = PRODUCTS, variant: str = "plain") -> list[Configuration]:
@@ -193,7 +211,7 @@ def configurations(device: Device, products: Any = PRODUCTS, variant: str = "pla
     found: dict[tuple, Configuration] = {}
     plain, normed = variant == "plain", variant.endswith("norm")
 
-    def keep(launch: Launch, chosen: RecurrentPlan | GemmPlan | OneStepPlan, dtype: torch.dtype) -> None:
+    def keep(launch: Launch, chosen: RecurrentPlan | GemmPlan | OneStepPlan | NarrowPlan, dtype: torch.dtype) -> None:
         configuration = Configuration(launch, chosen, dtype, device, variant)
         key = configuration_key(configuration)
         if key not in found or found[key].plan.hidden < chosen.hidden:
@@ -202,10 +220,13 @@ def configurations(device: Device, products: Any = PRODUCTS, variant: str = "pla
     for dtype, precision in products:
         if device.arch.startswith("gfx") and precision == "tf32" and dtype == torch.float32:
             continue  # dot_precision never asks for it there
-        side_by_side = itertools.product(("forward", "backward"), (1, 2), CHAINS if plain else (1,), (False,))
-        stacked = itertools.product(("forward", "backward"), (2,), LAYERS if plain else (), (True,))
-        for direction, length, chains, is_stacked in (*side_by_side, *stacked):
-            fixed = (dtype, device, precision, True, None, chains, is_stacked, normed)
+        side_by_side = itertools.product(("forward", "backward"), (1, 2), CHAINS if plain else (1,), (False,), (None,))
+        stacked = itertools.product(("forward", "backward"), (2,), LAYERS if plain else (), (True,), (None,))
+        # A cell whose h has no bound runs otherwise.
+        wide = variant == "cell" and (dtype, precision) == (torch.float32, "tf32")
+        unbounded = itertools.product(("forward",), (1, 2), (1,) if wide else (), (False,), ({"narrow": False},))
+        for direction, length, chains, is_stacked, overrides in (*side_by_side, *stacked, *unbounded):
+            fixed = (dtype, device, precision, True, overrides, chains, is_stacked, normed)
             for sizes in _sizes_by_kernel(direction, length, *fixed):
                 largest = plan.recurrent(direction, length, sizes[0][1], sizes[0][0], *fixed)
                 keep(recurrent_launch(largest, variant=variant), largest, dtype)
@@ -222,6 +243,9 @@ def configurations(device: Device, products: Any = PRODUCTS, variant: str = "pla
                 for h in (hidden, hidden + UNEVEN):
                     g = plan.gate_gemm(rows, h, h, dtype, device, precision)
                     keep(gemm_launch(g, dtype), g, dtype)
+            for h in (hidden, hidden + UNEVEN) if (dtype, precision) == (torch.float32, "tf32") else ():
+                n = plan.narrow(h)
+                keep(narrow_launch(n), n, dtype)
             for batch, h in itertools.product(BATCH_SIZES, (hidden, hidden + UNEVEN)):
                 one = plan.one_step(batch, h, h, dtype, device, precision)
                 keep(one_step_launch(one, h != hidden), one, dtype)
@@ -249,6 +273,8 @@ def configuration_key(configuration: Configuration) -> tuple:
         return (*common, chosen.save, *recurrent_key(chosen))
     if isinstance(chosen, OneStepPlan):
         return (*common, chosen.block_h, chosen.block_b, chosen.block_k, chosen.constants["RECURRENT"])
+    if isinstance(chosen, NarrowPlan):
+        return (*common, chosen.columns)
     return (*common, chosen.block_m, chosen.block_n, chosen.block_k, chosen.num_warps, chosen.num_stages)
 
 
@@ -320,6 +346,8 @@ def expected_matrix(launch: Launch, dtype: torch.dtype, arch: str) -> re.Pattern
     backward pass PARTS * BLOCK_H. Fewer columns than `plan.WGMMA_COLUMNS` the compiler leaves to mma.sync.
     """
     constants = launch.constants
+    if launch.kernel == "narrow":
+        return None
     if arch.startswith("gfx"):
         return re.compile(r"v_mfma_f32_\w+")
     if dtype == torch.float32 and constants["PRECISION"] == "ieee":
@@ -421,7 +449,7 @@ def _heading(configuration: Configuration, arch: str) -> dict[str, Any]:
         "max_registers": launch.max_registers,
         "cooperative": launch.cooperative,
     }
-    if not isinstance(chosen, GemmPlan):
+    if not isinstance(chosen, (GemmPlan, NarrowPlan)):
         config["lengths"] = launch.arguments["lengths_ptr"] is not None
     if isinstance(chosen, RecurrentPlan):
         config |= {"tier": chosen.tier, "protocol": chosen.protocol, "planned_shared_bytes": chosen.shared_bytes}
@@ -471,7 +499,7 @@ def _bytes_a_thread(configuration: Configuration) -> int:
     chosen = configuration.plan
     if not isinstance(chosen, RecurrentPlan):
         return 0
-    tile = chosen.block_k * chosen.block_b * chosen.dtype.itemsize
+    tile = chosen.block_k * chosen.block_b * chosen.element
     return tile // (chosen.num_warps * configuration.device.warp_size)
 
 
@@ -511,6 +539,8 @@ def describe(configuration: Configuration) -> str:
     if isinstance(chosen, OneStepPlan):
         lengths = " lengths" if configuration.launch.arguments["lengths_ptr"] is not None else ""
         return f"one_step {dtype} D=H={chosen.hidden}{lengths} {chosen.describe()}, {chosen.block_k} deep"
+    if isinstance(chosen, NarrowPlan):
+        return f"narrow {dtype} H={chosen.hidden}, {chosen.rows} rows of {chosen.columns}, {chosen.num_warps} warps"
     tile = f"{chosen.block_m}x{chosen.block_n}x{chosen.block_k}"
     return f"gate_gemm {dtype} D=H={chosen.hidden} tile {tile}, {chosen.num_warps} warps"
 

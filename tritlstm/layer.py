@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import aten, emulator, plan, status
-from .cell_options import PLAIN, Cell
+from .cell_options import PLAIN, STANDARD, Cell
 from .kernels import exchange
 from .kernels.launch import Launch
 from .plan import padded
 
-__all__ = ["backward", "forward", "pack_rows", "padded", "unpack_rows"]
+__all__ = ["backward", "bounded", "forward", "pack_rows", "padded", "unpack_rows"]
 
 NEEDS_ALL = (True,) * 7
 NOTHING: tuple[Tensor | None, ...] = (None,) * 6
@@ -91,8 +92,8 @@ def _first_rows(
     return (lengths.long() - 1).clamp_min(0) * batch + torch.arange(batch, device=device)
 
 
-def _exchange_buffer(shape: tuple[int, ...], like: Tensor, protocol: str) -> Tensor:
-    buffer = like.new_empty(*shape)
+def _exchange_buffer(shape: tuple[int, ...], like: Tensor, protocol: str, narrow: bool = False) -> Tensor:
+    buffer = like.new_empty(*shape, dtype=torch.float16 if narrow else None)
     if protocol == "flag":
         buffer.view(torch.int16 if buffer.element_size() == 2 else torch.int32).fill_(exchange.POISON.value)
     return buffer
@@ -102,6 +103,46 @@ def _exchange_buffer(shape: tuple[int, ...], like: Tensor, protocol: str) -> Ten
 def _untouched(dtype: torch.dtype, device: torch.device) -> Tensor:
     """For a pointer of a kernel that it neither reads nor writes through."""
     return torch.empty(1, dtype=dtype, device=device)
+
+
+class _Operands(NamedTuple):
+    """What the recurrent kernel multiplies, by the names of its pointers: of C chains, or of one, without C."""
+
+    w_ptr: Tensor  # [C, 4H, HX]
+    h0_ptr: Tensor  # [C, B, HX]
+    # Of fp32 with products of fp16 (kernels/narrow.py):
+    entry_ptr: Tensor | None = None  # [C, B, HX], of one chain [B + 1, HX] with a row of zeros
+    w_scale_ptr: Tensor | None = None  # [C, HX, 4]
+    entry_scale_ptr: Tensor | None = None  # [C, B], [B + 1]
+
+    def given(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self._asdict().items() if tensor is not None}
+
+
+def _operands(w_hh: Tensor, h0: Tensor, layout: plan.RecurrentPlan) -> _Operands:
+    *chains, batch, hidden = h0.shape
+    width = padded(hidden)
+    if not layout.narrow:
+        return _Operands(_pad_columns(w_hh, width), _pad_columns(h0, width))
+    w_hh, h0 = w_hh.contiguous(), h0.contiguous()
+    count = math.prod(chains)
+    states = count * batch
+    w = w_hh.new_empty(*w_hh.shape[:-1], width, dtype=torch.float16)
+    entry = h0.new_empty(states + 1, width, dtype=torch.float16)
+    w_scale, entry_scale = w_hh.new_empty(*chains, width, 4), h0.new_empty(states + 1)
+    arguments = {
+        "w_ptr": w_hh,
+        "h0_ptr": h0,
+        "w_out_ptr": w,
+        "entry_ptr": entry,
+        "w_scale_ptr": w_scale,
+        "entry_scale_ptr": entry_scale,
+        "states": states,
+    }
+    _run(plan.narrow(hidden, count).launch(arguments))
+    if chains:
+        entry, entry_scale = entry[:states].view(*chains, batch, width), entry_scale[:states].view(*chains, batch)
+    return _Operands(w, _pad_columns(h0, width), entry, w_scale, entry_scale)
 
 
 def _counters(layout: plan.RecurrentPlan, device: torch.device) -> Tensor:
@@ -166,12 +207,13 @@ def forward(
     width = padded(hidden)
     precision = plan.dot_precision(x)
     device = plan.device_of(x)
+    overrides = _overrides() if bounded(cell) else {**_overrides(), "narrow": False}
     layout = plan.recurrent(
-        "forward", length, batch, hidden, x.dtype, device, precision, save, _overrides(),
+        "forward", length, batch, hidden, x.dtype, device, precision, save, overrides,
         normed=norm is not None,
     )
     cuts = None if cell.resets is None else aten.cut_steps(cell.resets, lengths, reverse)
-    separate = width != hidden or cell.h_scale is not None
+    separate = layout.constants["SEPARATE_OUT"] or cell.h_scale is not None
     if cell is not PLAIN or recompute:
         layout = _with_cell(layout, cell, SEPARATE_OUT=separate, KEEP_GATES=not recompute)
 
@@ -182,7 +224,7 @@ def forward(
     _add_gate0(gates, gate0, cuts, lengths, reverse)
 
     place = x.device
-    buffer = _exchange_buffer((length, batch, width), x, layout.protocol)
+    buffer = _exchange_buffer((length, batch, width), x, layout.protocol, layout.narrow)
     out = x.new_empty(length, batch, hidden) if separate else buffer
     steps = _steps(layout, length)
     # Between the launches of the step tier the cell state keeps fp32.
@@ -201,8 +243,7 @@ def forward(
     flag = status.of(place)
     arguments = {
         "gates_ptr": gates,
-        "w_ptr": _pad_columns(w_hh, width),
-        "h0_ptr": _pad_columns(h0, width),
+        **_operands(w_hh, h0, layout).given(),
         "c0_ptr": c0.contiguous(),
         "lengths_ptr": lengths,
         "exchange_ptr": buffer,
@@ -218,7 +259,8 @@ def forward(
     }
     if cell is not PLAIN:
         arguments |= _cell_arguments(cell, cuts)
-        arguments["entry_ptr"] = _entry(h0, cell, width)
+        if not layout.narrow:  # there they have a row of zeros already
+            arguments["entry_ptr"] = _entry(h0, cell, width)
     if norm is not None:
         arguments |= norm.forward_arguments(layout, place)
     for begin, end in steps:
@@ -297,6 +339,12 @@ def _with_cell(layout: plan.RecurrentPlan, cell: Cell, **constants: Any) -> plan
     found = dataclasses.replace(layout, cell=tuple(changed.items())) if changed else layout
     layout.cells[key] = found
     return found
+
+
+def bounded(cell: Cell) -> bool:
+    """Whether no h but h0 is larger than 1, on its way into the recurrent product as well."""
+    gate, _, shown = cell.activations
+    return not cell.zoneout_h and cell.h_scale is None and (gate, shown) == (STANDARD[0], STANDARD[2])
 
 
 #: Of `Cell`, after its tensors.

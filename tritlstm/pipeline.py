@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from . import emulator, layer, plan, status
-from .cell_options import PLAIN
 from .plan import padded
 
 __all__ = ["backward", "forward"]
@@ -41,16 +40,15 @@ def forward(
     device, precision = plan.device_of(x), plan.dot_precision(x)
     overrides = {**layer._overrides(), **plan.FULL_TILES}
     chosen = plan.recurrent("forward", length, batch, size, x.dtype, device, precision, save, overrides)
-    separate = width != size
-    chosen = layer._with_cell(chosen, PLAIN, SEPARATE_OUT=separate)
-    hidden = layer._exchange_buffer((layers, length, batch, width), x, chosen.protocol)
+    separate = chosen.constants["SEPARATE_OUT"]
+    hidden = layer._exchange_buffer((layers, length, batch, width), x, chosen.protocol, chosen.narrow)
     outs = x.new_empty(layers, length, batch, size) if separate else hidden
     gates = x.new_empty(layers, length, batch, 4 * width)
     cells = torch.empty((layers, length, batch, width) if save else (0,), dtype=torch.float32, device=x.device)
     h_n = x.new_empty(layers, batch, size)
     # Between launches the cell state keeps fp32.
     c_n = torch.empty((layers, batch, size), dtype=torch.float32, device=x.device)
-    w_padded, h0_padded, c0_padded = layer._pad_columns(w_hh, width), layer._pad_columns(h0, width), c0.contiguous()
+    operands, c0_dense = layer._operands(w_hh, h0, chosen).given(), c0.contiguous()
     counters = [layer._counters(chosen, x.device) for _ in range(layers)]
     flag = status.of(x.device)
 
@@ -60,9 +58,8 @@ def forward(
         layer._input_products(below[begin:end], w, bias_ih, bias_hh, size, device, precision, gates=gates[k, begin:end])
         arguments = {
             "gates_ptr": gates[k],
-            "w_ptr": w_padded[k],
-            "h0_ptr": h0_padded[k],
-            "c0_ptr": c0_padded[k],
+            **{name: tensor[k] for name, tensor in operands.items()},
+            "c0_ptr": c0_dense[k],
             "lengths_ptr": lengths,
             "exchange_ptr": hidden[k],
             "out_ptr": outs[k],
@@ -83,6 +80,8 @@ def forward(
     status.check(flag)
     if not save:
         hidden, gates = x.new_empty(0), x.new_empty(0)
+    elif chosen.narrow:
+        hidden = layer._pad_columns(outs, width)
     return outs[-1].clone(), h_n, c_n.to(c0.dtype), hidden, gates, cells
 
 

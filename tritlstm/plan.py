@@ -29,6 +29,7 @@ __all__ = [
     "TIERS",
     "Device",
     "GemmPlan",
+    "NarrowPlan",
     "OneStepPlan",
     "PlanError",
     "RecurrentPlan",
@@ -37,6 +38,7 @@ __all__ = [
     "device_of",
     "dot_precision",
     "gate_gemm",
+    "narrow",
     "next_layers",
     "one_step",
     "recurrent",
@@ -175,6 +177,10 @@ def dot_precision(x: Tensor) -> str:
 SPLIT_UNITS = 64
 
 
+#: Precision of the recurrent products of fp32 where TF32 is allowed and operands in fp16, scaled, do as well.
+NARROW = "fp16"
+
+
 def _split(precision: str, hidden: int) -> str:
     """How the recurrent products are made: cuDNN does not use TF32 in them for few units (seen on an H200 for 64 and
     1024 sequences), and where a step is short three of them are cheap."""
@@ -251,6 +257,16 @@ class RecurrentPlan:
     half: bool = False  # at most half of block_b: the other places have no cells
 
     @property
+    def narrow(self) -> bool:
+        """Whether the recurrent products of fp32 are of operands in fp16, and h is exchanged in it."""
+        return self.precision == NARROW
+
+    @property
+    def element(self) -> int:
+        """Bytes of an element of w_hh and of what is exchanged."""
+        return 2 if self.narrow else self.dtype.itemsize
+
+    @property
     def places(self) -> int:
         """Sequences that a tile has room for."""
         return self.block_b // 2 if self.half else self.block_b
@@ -270,7 +286,7 @@ class RecurrentPlan:
     def prologue(self) -> int:
         """Chunks of w_hh that are loaded together before the time loop: as many as half the registers hold."""
         rows = self.block_h * (4 if self.direction == "forward" else self.parts)
-        return max(1, PROLOGUE_BYTES * self.num_warps // (rows * self.block_k * self.dtype.itemsize))
+        return max(1, PROLOGUE_BYTES * self.num_warps // (rows * self.block_k * self.element))
 
     @functools.cached_property
     def us_per_step(self) -> float:
@@ -311,7 +327,7 @@ class RecurrentPlan:
         if self.half:
             constants["HALF"] = True
         if self.direction == "forward":
-            separate = padded(self.hidden) != self.hidden
+            separate = padded(self.hidden) != self.hidden or self.narrow
             return {**constants, "SAVE": self.save, "SEPARATE_OUT": separate, **dict(self.cell)}
         return {**constants, "PARTS": self.parts, **dict(self.cell)}
 
@@ -346,7 +362,8 @@ class RecurrentPlan:
     def describe(self) -> str:
         """One line: tier, protocol, tiles."""
         held = f", {self.held} of them in registers" if self.held else ""
-        on_chip = f"{self.resident}/{self.chunks} chunks of w_hh on chip{held}"
+        fp16 = " in fp16" if self.narrow else ""
+        on_chip = f"{self.resident}/{self.chunks} chunks of w_hh on chip{fp16}{held}"
         teams = f" in {'clusters' if self.clustered else 'teams'} of {self.parts}" if self.parts > 1 else ""
         rows = f"{self.tile_rows} in {self.block_b}" if self.tile_rows < self.block_b else f"{self.block_b}"
         what = "layers" if self.stacked else "chains"
@@ -393,7 +410,7 @@ class _Problem:
 
     @property
     def element(self) -> int:
-        return self.dtype.itemsize
+        return 2 if self.precision == NARROW else self.dtype.itemsize
 
     @property
     def pieces(self) -> int:
@@ -433,6 +450,14 @@ def _block_k(problem: _Problem, depth: int, tier: str, block_b: int, threads: in
 
 
 def _candidates(problem: _Problem) -> Iterator[RecurrentPlan]:
+    yield from _of_precision(problem)
+    # Layers as a wavefront would leave what backward reads in fp16, and a layer norm's h may have any size.
+    wide = problem.precision == "tf32" and problem.dtype == torch.float32
+    if problem.direction == "forward" and wide and not problem.stacked and not problem.normed:
+        yield from _of_precision(dataclasses.replace(problem, precision=NARROW))
+
+
+def _of_precision(problem: _Problem) -> Iterator[RecurrentPlan]:
     hidden = problem.hidden
     if problem.stacked and (problem.one_step or _wavefronts_spill(problem)):
         return
@@ -440,7 +465,7 @@ def _candidates(problem: _Problem) -> Iterator[RecurrentPlan]:
         if block_b > 16 and block_b >= 2 * _power_of_two(problem.batch, 16):
             continue
         whole = _power_of_two(padded(hidden), 16)
-        if whole <= 128 and not problem.one_step and not problem.stacked:
+        if whole <= 128 and not problem.one_step and not problem.stacked and problem.precision != NARROW:
             yield from _feasible(problem, "single", whole, block_b, 1, _single_warps(problem, whole), 1)
         in_loop = ("persistent", "streaming") if problem.normed else ("persistent", "streaming", "step")
         for tier in ("step",) if problem.one_step else in_loop:
@@ -865,9 +890,9 @@ def recurrent(
 
     ``direction`` is ``'forward'`` or ``'backward'``; ``overrides`` fixes fields of :class:`RecurrentPlan` (``tier``,
     ``protocol``, ``block_h``, ``block_b``, ``block_k``, ``num_warps``, ``at_once``, ``stages``, ``held``, forward
-    ``half``, backward ``parts`` and ``clustered``, ``tile_rows``, of which 0 is full tiles, and after the choice
-    ``resident``, ``poll``, ``n_groups``). ``chains``: so many recurrences side by side, which need nothing of each
-    other (directions, heads of H units); only plans that hold w_hh on chip, and those of one step, know them.
+    ``half`` and ``narrow``, backward ``parts`` and ``clustered``, ``tile_rows``, of which 0 is full tiles, and after
+    the choice ``resident``, ``poll``, ``n_groups``). ``chains``: so many recurrences side by side, which need nothing
+    of each other (directions, heads of H units); only plans that hold w_hh on chip, and those of one step, know them.
     ``stacked``: they are layers instead, each of which reads the one before it, and all run at once.
     ``normed``: with layer normalisation.
     Raises :class:`PlanError` if nothing fits.
@@ -907,6 +932,7 @@ def _recurrent(
         fixed.pop("clustered", None)
     else:
         fixed.pop("half", None)
+        fixed.pop("narrow", None)
     block_k, rows = fixed.pop("block_k", None), fixed.pop("tile_rows", None)
     # A single step needs no exchange; every longer sequence is planned alike.
     asked = fixed.get("protocol")
@@ -1019,8 +1045,9 @@ def tiers(
     chains: int = 1,
     stacked: bool = False,
     normed: bool = False,
+    narrow: bool = True,
 ) -> dict[str, RecurrentPlan | str]:
-    """The best plan of every tier or, where a tier can't run these sizes, the reason."""
+    """The best plan of every tier or, where a tier can't run these sizes, the reason. ``narrow``: whether it may be."""
     one_step = length == 1 and not normed
     problem = _Problem(
         direction, batch, hidden, dtype, _split(precision, hidden), device, save, one_step, chains=chains,
@@ -1028,7 +1055,7 @@ def tiers(
     )  # fmt: skip
     found: dict[str, RecurrentPlan | str] = {}
     for tier in TIERS:
-        plans = [plan for plan in _candidates(problem) if plan.tier == tier]
+        plans = [plan for plan in _candidates(problem) if plan.tier == tier and plan.narrow <= narrow]
         found[tier] = min(plans, key=lambda plan: plan.us_per_step) if plans else _why_not(problem, tier)
     return found
 
@@ -1068,7 +1095,7 @@ def _kib(size: int) -> int:
 
 
 CHOICES = ("tier", "protocol", "block_h", "block_b", "num_warps", "parts", "at_once", "stages", "held", "clustered",
-           "half")  # fmt: skip
+           "half", "narrow")  # fmt: skip
 
 
 @functools.lru_cache(maxsize=4096)
@@ -1187,6 +1214,42 @@ def gate_gemm(
     tiles = -(-rows // block_m) * -(-columns // block_n)
     return GemmPlan(features, hidden, precision, block_m, block_n, block_k, 8, num_warps, num_stages, tiles,
                     _max_registers(device))  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class NarrowPlan:
+    """How w_hh and h0 of fp32 are brought into fp16, before a recurrent kernel whose plan is ``narrow``."""
+
+    hidden: int
+    chains: int
+    rows: int
+    columns: int
+    num_warps: int = 4
+    precision = NARROW
+
+    @functools.cached_property
+    def constants(self) -> dict[str, Any]:
+        width = padded(self.hidden)
+        return {"H": self.hidden, "HX": width, "CHAINS": self.chains, "ROWS": self.rows, "COLUMNS": self.columns}
+
+    def launch(self, arguments: dict[str, Any]) -> Launch:
+        tiles = -(-4 * self.hidden * self.chains // self.rows) + -(-(arguments["states"] + 1) // self.rows)
+        return Launch("narrow", (tiles,), arguments, self.constants, self.num_warps, compiled=self._compiled)
+
+    @functools.cached_property
+    def _compiled(self) -> Compiled:
+        return Compiled()
+
+
+#: Elements that a program brings into fp16 at a time: 32 a thread.
+NARROWED_AT_ONCE = 4096
+
+
+@functools.lru_cache(maxsize=256)
+def narrow(hidden: int, chains: int = 1) -> NarrowPlan:
+    """The plan for w_hh [C, 4H, H] and h0 of ``chains`` chains."""
+    columns = min(1024, _power_of_two(padded(hidden), 64))
+    return NarrowPlan(hidden, chains, NARROWED_AT_ONCE // columns, columns)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -103,8 +103,9 @@ def report(shape: Shape, direction: str, device: Device, compiled: bool = True) 
     """
     p = chosen(shape, direction, device)
     element, width = p.dtype.itemsize, plan.padded(shape.H)
+    exchanged = p.element if isinstance(p, RecurrentPlan) else element  # and multiplied with
     gates, cells, h = 4 * width * element, 4 * width, width * element
-    rate = device.fma_per_clock * (1.0 if element == 2 else 0.5) * device.clock_ghz * 1e3 * device.sms
+    rate = device.fma_per_clock * (1.0 if exchanged == 2 else 0.5) * device.clock_ghz * 1e3 * device.sms
     if isinstance(p, OneStepPlan):
         (tiles, blocks), depth = p.grid, shape.D + shape.H
         l2_bytes = (tiles * 4 * shape.H + blocks * shape.B) * depth * element
@@ -114,8 +115,8 @@ def report(shape: Shape, direction: str, device: Device, compiled: bool = True) 
         floor = max(memory_bytes / device.memory_bytes_per_us, multiply_adds / rate)
         return Report(p, l2_bytes, memory_bytes, multiply_adds, floor, counts(p, device) if compiled else {})
     depth = width * (1 if direction == "forward" else 4)
-    streamed = (1 - p.resident / p.chunks) * 4 * width * element * p.block_h if p.tier != "single" else 0
-    reads = 0 if p.tier == "single" else p.n_blocks * shape.B * depth // p.parts * element
+    streamed = (1 - p.resident / p.chunks) * 4 * width * exchanged * p.block_h if p.tier != "single" else 0
+    reads = 0 if p.tier == "single" else p.n_blocks * shape.B * depth // p.parts * exchanged
     if p.parts > 1:
         reads += p.n_blocks * p.parts * p.block_h * shape.B * 8  # partial sums and their turns
     l2_bytes = round(reads + streamed * p.n_blocks * p.n_tiles)
