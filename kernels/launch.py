@@ -17,6 +17,7 @@ KERNELS = {
     "gate_gemm": "gate_gemm",
     "one_step": "one_step",
     "narrow": "narrow",
+    "round_weights": "rounding",
     "recurrent_forward": "recurrent_forward",
     "recurrent_backward": "recurrent_backward",
     "product": "product",

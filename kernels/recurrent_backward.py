@@ -15,9 +15,13 @@ def _weight_chunk(
     unit = team_begin + tl.arange(0, ROWS)[:, None]
     column = column_begin + tl.arange(0, BLOCK_K)[None, :]
     from_unit = column // 4
-    row = (column % 4 * H + from_unit).to(tl.int64)
+    if rounding.in_columns(PRECISION, False):
+        at = unit.to(tl.int64) * (4 * HX) + column
+    else:
+        at = (column % 4 * H + from_unit).to(tl.int64) * HX + unit
     inside = (column < column_end) & (from_unit < H) & (unit < HX)
-    return rounding.operands(tl.load(w_ptr + row * HX + unit, mask=inside, other=0.0), PRECISION)
+    w = tl.load(w_ptr + at, mask=inside, other=0.0)
+    return rounding.operands(w, rounding.of_weights(PRECISION))
 
 
 @triton.jit
@@ -129,7 +133,8 @@ def recurrent_backward(
     grad_out_ptr,  # rows of H: row t * stride_t + b * stride_b; or None
     grad_h_n_ptr,  # [B, H] or None
     grad_c_n_ptr,  # [B, H] or None
-    w_ptr,  # [4H, HX], zero columns beyond H
+    # [4H, HX], zero columns beyond H; with PRECISION tf32 of rounding.round_weights, in COLUMNS unless SINGLE:
+    w_ptr,
     c0_ptr,  # [B, H]
     lengths_ptr,  # [B] int32 or None
     gates_ptr,  # [T, B, HX, 4], activated
@@ -173,7 +178,7 @@ def recurrent_backward(
     peephole_ptr=None,  # [3, H]: of i, f, o
     h_scale_ptr=None,  # [B, H]: times h on its way into the product
     noise_ptr=None,  # [3] int64, of zoneout
-    above_ptr=None,  # [CHAINS - 1, 4H, HX], of layers as a wavefront: w_ih of each but the first
+    above_ptr=None,  # [CHAINS - 1, …] as w_ptr, of layers as a wavefront: w_ih of each but the first
     grad_h_ptr=None,  # [B, H] fp32, out: what zoneout passes by of the gradient of h0; a carry as grad_c_ptr
     norm_ptr=None,  # [6, H] fp32: gains of i, f, g, o; gain and bias of the cell on its way out
     rows_ptr=None,  # [n_groups, TAGGED_SLOTS, blocks of units, 2, BLOCK_B] int64, zero; None if SINGLE
@@ -195,6 +200,7 @@ def recurrent_backward(
     dtype: tl.constexpr = grad_gates_ptr.dtype.element_ty
     WORD: tl.constexpr = 32 // dtype.primitive_bitwidth
     FORM: tl.constexpr = cell.form(dtype, PRECISION)
+    OF_CHAIN: tl.constexpr = 4 * HX * (HX if rounding.in_columns(PRECISION, SINGLE) else H)  # weights
     STAY: tl.constexpr = not HOIST
     ROW: tl.constexpr = CHAINS * HX
     block = tl.program_id(0)
@@ -210,7 +216,7 @@ def recurrent_backward(
             grad_h_n_ptr += chain.to(tl.int64) * B * H
         if grad_c_n_ptr is not None:
             grad_c_n_ptr += chain.to(tl.int64) * B * H
-        w_ptr += chain * (4 * H * HX)
+        w_ptr += chain * OF_CHAIN
         c0_ptr += chain.to(tl.int64) * B * H
         gates_ptr += chain * (4 * HX)
         cells_ptr += chain * HX
@@ -258,7 +264,7 @@ def recurrent_backward(
                 tl.debug_barrier()
 
     if STACKED:
-        above_ptr += tl.minimum(chain, CHAINS - 2) * (4 * H * HX)
+        above_ptr += tl.minimum(chain, CHAINS - 2) * OF_CHAIN
         above_weights = ()
         for j in tl.static_range(RESIDENT):
             k = depth_begin + j * BLOCK_K
@@ -444,7 +450,7 @@ def recurrent_backward(
                     k = depth_begin + chunk * BLOCK_K
                     streamed = (
                         _weight_chunk(
-                            w_ptr, team_begin, k, depth_end, H, HX, ROWS, BLOCK_K, rounding.as_is(PRECISION)
+                            w_ptr, team_begin, k, depth_end, H, HX, ROWS, BLOCK_K, PRECISION
                         ),
                     )  # fmt: skip
                     acc = _multiply(

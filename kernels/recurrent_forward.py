@@ -15,7 +15,8 @@ def _weight_chunk(
     unit = unit_begin + layout.unit_of_product(row)
     w_row = (layout.gate_of_product(row) * H + unit).to(tl.int64)
     inside = (unit[:, None] < H) & (k[None, :] < HX)
-    return rounding.operands(tl.load(w_ptr + w_row[:, None] * HX + k[None, :], mask=inside, other=0.0), PRECISION)
+    w = tl.load(w_ptr + w_row[:, None] * HX + k[None, :], mask=inside, other=0.0)
+    return rounding.operands(w, rounding.of_weights(PRECISION))
 
 
 @triton.jit
@@ -77,7 +78,7 @@ def _add_below(
 def recurrent_forward(
     # With CHAINS, [T, B, …] are [T, B, CHAINS, …] and the others but lengths are [CHAINS, …].
     gates_ptr,  # [T, B, HX, 4]; in: input products with bias; out, if SAVE: activated gates
-    w_ptr,  # [4H, HX], zero columns beyond H
+    w_ptr,  # [4H, HX], zero columns beyond H; with PRECISION tf32 of rounding.round_weights, in ROWS
     h0_ptr,  # [B, HX]
     c0_ptr,  # [B, H]
     lengths_ptr,  # [B] int32 or None
@@ -334,7 +335,7 @@ def recurrent_forward(
                     RESIDENT, N_CHUNKS, num_stages=None if STAGES == 1 else STAGES, disable_licm=STAY
                 ):
                     k = chunk * BLOCK_K + tl.arange(0, BLOCK_K)
-                    streamed = (_weight_chunk(w_ptr, unit_begin, k, H, HX, BLOCK_H, rounding.as_is(PRECISION)),)
+                    streamed = (_weight_chunk(w_ptr, unit_begin, k, H, HX, BLOCK_H, PRECISION),)
                     acc = _multiply(
                         streamed, state_words, chunk * BLOCK_K, exists, waiting, counter_ptr, status_ptr, step,
                         spin_limit, acc, dtype, 0, 1, N_CHUNKS * BLOCK_K > HX, HX, BLOCK_B, BLOCK_K, PROTOCOL, AMD,

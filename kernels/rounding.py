@@ -3,11 +3,20 @@
 import triton
 import triton.language as tl
 
+#: How :func:`round_weights` lays the weights out: in their rows, or in their columns, gates side by side.
+ROWS = tl.constexpr(0)
+COLUMNS = tl.constexpr(1)
+
 
 @triton.constexpr_function
-def as_is(precision):
-    """The precision of operands that are read in every step: to be rounded they would have to pass through registers.
-    Split they do in any case."""
+def in_columns(precision, single):
+    """Whether the backward kernel's weights are those of :func:`round_weights`."""
+    return precision == "tf32" and not single
+
+
+@triton.constexpr_function
+def of_weights(precision):
+    """What :func:`operands` has left to do with such weights: to split them."""
     return precision if precision == "tf32x3" else "ieee"
 
 
@@ -62,3 +71,33 @@ def multiply(weights, x, acc, PRECISION: tl.constexpr):
     else:
         acc = tl.dot(weights[0], x, acc, input_precision=of_operands(PRECISION))
     return acc
+
+
+@triton.jit
+def round_weights(
+    w_ptr,  # [C, 4H, H]
+    out_ptr,  # ROWS: [C, 4H, HX]; COLUMNS: [C, HX, HX, 4], the units of w's columns before those of its rows
+    H: tl.constexpr,
+    HX: tl.constexpr,
+    ORDER: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """w_hh rounded to TF32, zero beyond H, before a recurrent kernel reads it.
+
+    Rounded there it would pass through registers, and the compiler would leave it there for the matrix unit, or bring
+    it back in every step. And wgmma takes operands of fp32 only in rows of K.
+    """
+    gate = tl.arange(0, 4)[:, None, None]
+    row_unit = (tl.program_id(0) * TILE + tl.arange(0, TILE))[None, :, None]
+    unit = (tl.program_id(1) * TILE + tl.arange(0, TILE))[None, None, :]
+    chain = tl.program_id(2).to(tl.int64)
+    row = gate * H + row_unit
+    known = (gate < 4) & (row_unit < H) & (unit < H)
+    w = nearest(tl.load(w_ptr + (chain * 4 * H + row) * H + unit, mask=known, other=0.0))
+    inside = (gate < 4) & (row_unit < HX) & (unit < HX)
+    if ORDER == ROWS:
+        at = (chain * 4 * H + row) * HX + unit
+        inside = inside & (row_unit < H)
+    else:
+        at = ((chain * HX + unit) * HX + row_unit) * 4 + gate
+    tl.store(out_ptr + at, w, mask=inside)

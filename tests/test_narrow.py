@@ -1,7 +1,8 @@
-"""Recurrent products of fp32 with operands in fp16, where TF32 is allowed: kernels/narrow.py and what runs with it.
+"""Where TF32 is allowed: recurrent products of fp32 with operands in fp16, or with weights rounded ahead.
 
-The reference here rounds the operands as they should be, in NumPy, and computes all else in float64. So it agrees with
-the kernels to the errors of fp32, where TF32 (or any other rounding) is a thousand times further away.
+For the first (kernels/narrow.py) the reference here rounds the operands as they should be, in NumPy, and computes all
+else in float64. So it agrees with the kernels to the errors of fp32, where TF32 (or any other rounding) is a thousand
+times further away.
 """
 
 from __future__ import annotations
@@ -355,3 +356,78 @@ def test_explain_says_so():
     assert "chunks of w_hh on chip in fp16" in wide
     assert note not in few
     assert note not in unbounded
+
+
+# Weights that are rounded to TF32 before the kernel that reads them
+
+#: (T, B, H) and what forces the path of both directions, of which forward is not narrowed.
+ROUNDED: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {
+    # With more shared memory than any device has.
+    "single": ((4, 5, 70), {"tier": "single", "shared_bytes": 512 << 10, "sms": 1}),
+    "teams of four": ((4, 5, 70), {"tier": "persistent"}),
+    "teams of eight": ((4, 18, 80), {"tier": "persistent", "parts": 8, "sms": 16}),
+    "counter": ((4, 18, 72), {"tier": "persistent", "protocol": "counter", "block_b": 16, "sms": 24}),
+    "clusters": ((4, 5, 72), {"tier": "persistent", "clustered": True, "block_h": 16, "sms": 8}),
+    "streaming": ((3, 3, 150), {"tier": "streaming", "sms": 10, "shared_bytes": 64 << 10, "block_k": 32}),
+    "streaming, copied ahead": (
+        (3, 3, 150),
+        {"tier": "streaming", "sms": 10, "shared_bytes": 64 << 10, "block_k": 32, "stages": 3, "resident": 2},
+    ),
+    "step": ((3, 3, 72), {"tier": "step"}),
+}  # fmt: skip
+#: TF32 errs by 1e-3 in sums of this size; weights of another unit or gate, by some tenths.
+LARGEST = 1e-2
+
+
+@pytest.mark.parametrize("path", ROUNDED)
+def test_rounded_weights(path, monkeypatch):
+    (t, b, h), options = ROUNDED[path]
+    p = Problem.draw(t, b, 5, h, FP32)
+    with watched(monkeypatch) as launches:
+        got = p.by_kernels(**options, **ALLOWED, narrow=False)
+    found = errors(got, p.by_reference())
+    assert 1e-5 < max(found.values()) < LARGEST, found
+    orders = [launch.constants["ORDER"] for launch in launches if launch.kernel == "round_weights"]
+    assert orders == ([0] if path == "single" else [0, 1])
+    lengths = [(3 * k + 1) % (t + 1) for k in range(b)]
+    found = errors(p.by_kernels(lengths, True, **options, **ALLOWED), p.by_reference(lengths, True))
+    assert max(found.values()) < LARGEST, found
+
+
+@pytest.mark.parametrize("more", [{"tier": "persistent", "sms": 20}, {"tier": "single", "shared_bytes": 512 << 10}],
+                         ids=["persistent", "single"])  # fmt: skip
+def test_rounded_weights_of_directions_side_by_side(more):
+    problems = test_chains.draw(2, 3, 5, 5, 70, FP32)
+    got = test_chains.by_kernels(problems, 1, **more, narrow=False, **ALLOWED)
+    for k, p in enumerate(problems):
+        found = errors(got[k] | {"x": p.x}, p.by_reference(reverse=k == 1) | {"x": p.x.numpy()})
+        assert max(found.values()) < LARGEST, found
+
+
+@pytest.mark.parametrize("chunks", [None, 2], ids=["wavefront", "pipeline"])
+def test_rounded_weights_of_layers(chunks):
+    p = test_stack.Problem((2, 6, 3, 5, 70), FP32)
+    forced = {"tier": "persistent", **({} if CUDA else {"sms": 24})}
+    got, exact = p.by_kernels(chunks=chunks, **forced, **ALLOWED), p.by_reference()
+    found = {name: np.abs(got[name].double().numpy() - exact[name]).max() for name in test_stack.NAMES}
+    assert 1e-5 < max(found.values()) < 2 * LARGEST, found
+
+
+@pytest.mark.parametrize("order", [0, 1], ids=["rows", "columns"])
+@pytest.mark.parametrize("h", [72, 67])
+def test_weights_are_rounded_to_nearest_and_lie_where_they_should(h, order):
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(2, 4 * h, h, generator=generator)
+    chosen = plan.recurrent("backward" if order else "forward", 4, 1, 72, FP32, plan.DEVICES["sm_90"], "tf32",
+                            overrides={"narrow": False})  # fmt: skip
+    with contextlib.nullcontext() if CUDA else emulator.emulate():
+        got = layer._weights(w.to(DEVICE), chosen).cpu()
+    bits = w.numpy().view(np.int32)
+    nearest = ((bits + 0x1000) & ~0x1FFF).view(np.float32)  # ties away from zero
+    wide = np.zeros((2, 4, 72, 72), np.float32)
+    wide[:, :, :h, :h] = nearest.reshape(2, 4, h, h)
+    expected = {
+        0: np.pad(nearest, ((0, 0), (0, 0), (0, 72 - h))),
+        1: wide.transpose(0, 3, 2, 1).reshape(2, 288, 72),
+    }[order]
+    np.testing.assert_array_equal(got.numpy(), expected)

@@ -118,7 +118,7 @@ def backward(
     by_chain = {
         "grad_h_n_ptr": None if grad_h_n is None else grad_h_n.contiguous(),
         "grad_c_n_ptr": None if grad_c_n is None else grad_c_n.contiguous(),
-        "w_ptr": layer._pad_columns(w_hh, width).contiguous(),
+        "w_ptr": layer._weights(w_hh, chosen),
         "c0_ptr": c0.contiguous(),
         "parts_ptr": layer._parts(chosen, x.device),
         "grad_c_ptr": grad_c0,

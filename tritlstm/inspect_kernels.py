@@ -40,7 +40,7 @@ import torch
 
 from . import machine_code, measured, plan
 from .kernels.launch import Launch, kernel_function
-from .plan import Device, GemmPlan, NarrowPlan, OneStepPlan, RecurrentPlan
+from .plan import Device, GemmPlan, NarrowPlan, OneStepPlan, RecurrentPlan, RoundPlan
 
 __all__ = [
     "Configuration",
@@ -97,12 +97,15 @@ COUNTED = re.compile(
 )
 
 
+AnyPlan = RecurrentPlan | GemmPlan | OneStepPlan | NarrowPlan | RoundPlan
+
+
 @dataclasses.dataclass(frozen=True)
 class Configuration:
     """One kernel that the planner can choose on a device, at the largest size it is chosen for."""
 
     launch: Launch
-    plan: RecurrentPlan | GemmPlan | OneStepPlan | NarrowPlan
+    plan: AnyPlan
     dtype: torch.dtype
     device: Device
     variant: str = "plain"
@@ -180,8 +183,10 @@ def gemm_launch(chosen: GemmPlan, dtype: torch.dtype) -> Launch:
     return chosen.launch({**pointers, "rows": 3, "B": 3, "x_stride_t": 3, "x_stride_b": 3})
 
 
-def narrow_launch(chosen: NarrowPlan) -> Launch:
+def prepare_launch(chosen: NarrowPlan | RoundPlan) -> Launch:
     half, single = _meta(torch.float16, 1), _meta(torch.float32, 1)
+    if isinstance(chosen, RoundPlan):
+        return chosen.launch({"w_ptr": single, "out_ptr": single})
     pointers = {"w_ptr": single, "h0_ptr": single, "w_out_ptr": half, "entry_ptr": half}
     return chosen.launch({**pointers, "w_scale_ptr": single, "entry_scale_ptr": single, "states": 3})
 
@@ -211,7 +216,7 @@ def configurations(device: Device, products: Any = PRODUCTS, variant: str = "pla
     found: dict[tuple, Configuration] = {}
     plain, normed = variant == "plain", variant.endswith("norm")
 
-    def keep(launch: Launch, chosen: RecurrentPlan | GemmPlan | OneStepPlan | NarrowPlan, dtype: torch.dtype) -> None:
+    def keep(launch: Launch, chosen: AnyPlan, dtype: torch.dtype) -> None:
         configuration = Configuration(launch, chosen, dtype, device, variant)
         key = configuration_key(configuration)
         if key not in found or found[key].plan.hidden < chosen.hidden:
@@ -244,8 +249,10 @@ def configurations(device: Device, products: Any = PRODUCTS, variant: str = "pla
                     g = plan.gate_gemm(rows, h, h, dtype, device, precision)
                     keep(gemm_launch(g, dtype), g, dtype)
             for h in (hidden, hidden + UNEVEN) if (dtype, precision) == (torch.float32, "tf32") else ():
-                n = plan.narrow(h)
-                keep(narrow_launch(n), n, dtype)
+                narrow, rounded = plan.narrow(h), [plan.rounded(h, 1, order) for order in range(2)]
+                keep(prepare_launch(narrow), narrow, dtype)
+                for each in rounded:
+                    keep(prepare_launch(each), each, dtype)
             for batch, h in itertools.product(BATCH_SIZES, (hidden, hidden + UNEVEN)):
                 one = plan.one_step(batch, h, h, dtype, device, precision)
                 keep(one_step_launch(one, h != hidden), one, dtype)
@@ -275,6 +282,8 @@ def configuration_key(configuration: Configuration) -> tuple:
         return (*common, chosen.block_h, chosen.block_b, chosen.block_k, chosen.constants["RECURRENT"])
     if isinstance(chosen, NarrowPlan):
         return (*common, chosen.columns)
+    if isinstance(chosen, RoundPlan):
+        return (*common, chosen.order)
     return (*common, chosen.block_m, chosen.block_n, chosen.block_k, chosen.num_warps, chosen.num_stages)
 
 
@@ -346,7 +355,7 @@ def expected_matrix(launch: Launch, dtype: torch.dtype, arch: str) -> re.Pattern
     backward pass PARTS * BLOCK_H. Fewer columns than `plan.WGMMA_COLUMNS` the compiler leaves to mma.sync.
     """
     constants = launch.constants
-    if launch.kernel == "narrow":
+    if launch.kernel in ("narrow", "round_weights"):
         return None
     if arch.startswith("gfx"):
         return re.compile(r"v_mfma_f32_\w+")
@@ -449,7 +458,7 @@ def _heading(configuration: Configuration, arch: str) -> dict[str, Any]:
         "max_registers": launch.max_registers,
         "cooperative": launch.cooperative,
     }
-    if not isinstance(chosen, (GemmPlan, NarrowPlan)):
+    if not isinstance(chosen, (GemmPlan, NarrowPlan, RoundPlan)):
         config["lengths"] = launch.arguments["lengths_ptr"] is not None
     if isinstance(chosen, RecurrentPlan):
         config |= {"tier": chosen.tier, "protocol": chosen.protocol, "planned_shared_bytes": chosen.shared_bytes}
@@ -541,6 +550,8 @@ def describe(configuration: Configuration) -> str:
         return f"one_step {dtype} D=H={chosen.hidden}{lengths} {chosen.describe()}, {chosen.block_k} deep"
     if isinstance(chosen, NarrowPlan):
         return f"narrow {dtype} H={chosen.hidden}, {chosen.rows} rows of {chosen.columns}, {chosen.num_warps} warps"
+    if isinstance(chosen, RoundPlan):
+        return f"round_weights {dtype} H={chosen.hidden}, order {chosen.order}, {chosen.num_warps} warps"
     tile = f"{chosen.block_m}x{chosen.block_n}x{chosen.block_k}"
     return f"gate_gemm {dtype} D=H={chosen.hidden} tile {tile}, {chosen.num_warps} warps"
 

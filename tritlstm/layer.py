@@ -105,6 +105,18 @@ def _untouched(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.empty(1, dtype=dtype, device=device)
 
 
+def _weights(w: Tensor, layout: plan.RecurrentPlan) -> Tensor:
+    """Weights [*C, 4H, H] as a recurrent kernel reads them: padded or, for products of TF32, rounded and laid out."""
+    *chains, rows, hidden = w.shape
+    width = padded(hidden)
+    if layout.order is None or w.numel() == 0:
+        return _pad_columns(w, width)
+    out = w.new_empty(*chains, rows if layout.direction == "forward" else 4 * width, width)
+    launch = plan.rounded(hidden, math.prod(chains), layout.order).launch
+    _run(launch({"w_ptr": w.contiguous(), "out_ptr": out}))
+    return out
+
+
 class _Operands(NamedTuple):
     """What the recurrent kernel multiplies, by the names of its pointers: of C chains, or of one, without C."""
 
@@ -123,7 +135,7 @@ def _operands(w_hh: Tensor, h0: Tensor, layout: plan.RecurrentPlan) -> _Operands
     *chains, batch, hidden = h0.shape
     width = padded(hidden)
     if not layout.narrow:
-        return _Operands(_pad_columns(w_hh, width), _pad_columns(h0, width))
+        return _Operands(_weights(w_hh, layout), _pad_columns(h0, width))
     w_hh, h0 = w_hh.contiguous(), h0.contiguous()
     count = math.prod(chains)
     states = count * batch
@@ -656,7 +668,7 @@ def _recurrent_backward(
         "grad_out_ptr": grad_out,
         "grad_h_n_ptr": None if grad_h_n is None else grad_h_n.contiguous(),
         "grad_c_n_ptr": None if grad_c_n is None else grad_c_n.contiguous(),
-        "w_ptr": _pad_columns(w_hh, padded(hidden)),
+        "w_ptr": _weights(w_hh, layout),
         "c0_ptr": c0.contiguous(),
         "lengths_ptr": lengths,
         "gates_ptr": gates,

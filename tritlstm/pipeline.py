@@ -116,7 +116,7 @@ def backward(
     if grad_out is not None:
         grad_out, stride_t, stride_b = layer._row_strides(grad_out)
     states = [None if g is None else g.contiguous() for g in (grad_h_n, grad_c_n)]
-    w_padded, c0 = layer._pad_columns(w_hh, width), c0.contiguous()
+    weights, c0 = layer._weights(w_hh, chosen), c0.contiguous()
     packed = [layer.pack_rows(w) for w in w_between]
     counters = [layer._counters(chosen, x.device) for _ in range(layers)]
     steps = _parts(length, chunks)
@@ -135,7 +135,7 @@ def backward(
             "grad_out_ptr": grad_out if top else grads[k],
             "grad_h_n_ptr": grad_h,
             "grad_c_n_ptr": grad_c,
-            "w_ptr": w_padded[k],
+            "w_ptr": weights[k],
             "c0_ptr": c0[k],
             "lengths_ptr": lengths,
             "gates_ptr": gates[k],

@@ -21,7 +21,7 @@ import triton
 from torch import Tensor
 
 from . import emulator, measured
-from .kernels import exchange
+from .kernels import exchange, rounding
 from .kernels.launch import Compiled, Launch
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "OneStepPlan",
     "PlanError",
     "RecurrentPlan",
+    "RoundPlan",
     "StepCost",
     "Together",
     "device_of",
@@ -42,6 +43,7 @@ __all__ = [
     "next_layers",
     "one_step",
     "recurrent",
+    "rounded",
     "tiers",
     "together",
 ]
@@ -206,10 +208,6 @@ class StepCost:
 
 
 SHARED_BYTES_PER_CLOCK = 128
-#: How much longer streamed columns of w_hh take in fp32, where wgmma wants them transposed: they pass through registers
-#: value by value. On an H200 the backward of B=64, H=1024 took 43 µs a step, and B=128 85, where 17.5 and 35 were
-#: predicted without; 9.7 and 19.4 of these were for streaming.
-TRANSPOSED = 3.6
 HOST_LAUNCH_US = 30.0  # what Python takes for one
 #: Override of the plans of a pipeline of layers.
 FULL_TILES = {"tile_rows": 0}
@@ -260,6 +258,15 @@ class RecurrentPlan:
     def narrow(self) -> bool:
         """Whether the recurrent products of fp32 are of operands in fp16, and h is exchanged in it."""
         return self.precision == NARROW
+
+    @property
+    def order(self) -> int | None:
+        """How ``rounding.round_weights`` must lay w_hh out for it; None: it reads w_hh as it is, or ``narrow``."""
+        if self.precision != "tf32" or self.dtype != torch.float32:
+            return None
+        if self.direction == "forward":
+            return rounding.ROWS.value
+        return None if self.tier == "single" else rounding.COLUMNS.value
 
     @property
     def element(self) -> int:
@@ -849,8 +856,6 @@ def _cost(problem: _Problem, plan: RecurrentPlan) -> StepCost:
         parts += 2 * (known.flag_us + known.l2_latency_us + copied)
     left = (1.0 - share) * weight_bytes
     streamed = max(left / known.sm_l2_bytes_per_us, blocks * left / device.l2_bytes_per_us)
-    if not forward and element == 4 and device.matrix_rows > 16:
-        streamed *= TRANSPOSED
     hand_off = {"none": 0.0, "counter": known.counter_us, "flag": known.flag_us}[plan.protocol]
     cell = (known.cell_us if forward else known.grad_us) * (0.5 + 0.25 * plan.cells_a_thread)  # constants: of two
     prefill = 0.0
@@ -1239,6 +1244,40 @@ class NarrowPlan:
     @functools.cached_property
     def _compiled(self) -> Compiled:
         return Compiled()
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundPlan:
+    """How weights [C, 4H, H] are rounded to TF32 and laid out, before a recurrent kernel with an ``order``."""
+
+    hidden: int
+    chains: int
+    order: int
+    num_warps: int = 4
+    precision = "tf32"
+
+    @functools.cached_property
+    def constants(self) -> dict[str, Any]:
+        return {"H": self.hidden, "HX": padded(self.hidden), "ORDER": self.order, "TILE": ROUNDED_TILE}
+
+    def launch(self, arguments: dict[str, Any]) -> Launch:
+        tiles = -(-padded(self.hidden) // ROUNDED_TILE)
+        grid = (tiles, tiles, self.chains)
+        return Launch("round_weights", grid, arguments, self.constants, self.num_warps, compiled=self._compiled)
+
+    @functools.cached_property
+    def _compiled(self) -> Compiled:
+        return Compiled()
+
+
+#: Units on either side of the four gates' tile that a program rounds: 32 elements a thread.
+ROUNDED_TILE = 32
+
+
+@functools.lru_cache(maxsize=256)
+def rounded(hidden: int, chains: int, order: int) -> RoundPlan:
+    """The plan for w_hh [C, 4H, H] of ``chains`` chains."""
+    return RoundPlan(hidden, chains, order)
 
 
 #: Elements that a program brings into fp16 at a time: 32 a thread.

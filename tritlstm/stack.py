@@ -73,7 +73,7 @@ def forward(
     flag = status.of(x.device)
     arguments = {
         "gates_ptr": gates,
-        "w_ptr": layer._pad_columns(w_hh, width),
+        "w_ptr": layer._weights(w_hh, chosen),
         "h0_ptr": layer._pad_columns(h0, width),
         "c0_ptr": c0.contiguous(),
         "lengths_ptr": lengths,
@@ -90,7 +90,7 @@ def forward(
         "step_begin": 0,
         "step_end": length,
         "input_ptr": products,
-        "below_ptr": layer._pad_columns(w_between, width),
+        "below_ptr": layer._weights(w_between, chosen),
         "bias_ptr": _biases(b_ih, b_hh, layers, width, x.device),
     }
     layer._run(chosen.launch(arguments))
@@ -136,7 +136,7 @@ def backward(
         "grad_out_ptr": grad_out,
         "grad_h_n_ptr": None if grad_h_n is None else grad_h_n.contiguous(),
         "grad_c_n_ptr": None if grad_c_n is None else grad_c_n.contiguous(),
-        "w_ptr": layer._pad_columns(w_hh, width),
+        "w_ptr": layer._weights(w_hh, chosen),
         "c0_ptr": c0.contiguous(),
         "lengths_ptr": lengths,
         "gates_ptr": gates,
@@ -153,7 +153,7 @@ def backward(
         "step_begin": 0,
         "step_end": length,
         "reverse": 0,
-        "above_ptr": layer._pad_columns(w_between, width),
+        "above_ptr": layer._weights(w_between, chosen),
     }
     layer._run(chosen.launch(arguments))
     status.check(flag)
