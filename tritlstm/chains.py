@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import layer, plan, status
+from . import layer, plan, status, tf32
 from .plan import padded
 
 __all__ = ["backward", "fits", "forward"]
@@ -85,6 +85,7 @@ def forward(
     return out, h_n, c_n.to(c0.dtype), gates if save else x.new_empty(0), cells
 
 
+@tf32.of_backward
 def backward(
     grad_out: Tensor | None,
     grad_h_n: Tensor | None,

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import aten, emulator, plan, status
+from . import aten, emulator, plan, status, tf32
 from .cell_options import PLAIN, STANDARD, Cell
 from .kernels import exchange
 from .kernels.launch import Launch
@@ -461,6 +461,7 @@ def backward(
     return tuple(x.new_empty(0) if grad is None else grad for grad in found)
 
 
+@tf32.of_backward
 def gradients(
     grad_out: Tensor | None,
     grad_h_n: Tensor | None,

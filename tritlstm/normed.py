@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import aten, layer, plan
+from . import aten, layer, plan, tf32
 from .cell_options import Cell
 from .kernels import exchange
 from .kernels import norm as kernel_norm
@@ -128,6 +128,7 @@ def forward(
     return *results, products, statistics
 
 
+@tf32.of_backward
 def backward(
     grad_out: Tensor | None,
     grad_h_n: Tensor | None,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from . import emulator, layer, plan, status
+from . import emulator, layer, plan, status, tf32
 from .plan import padded
 
 __all__ = ["backward", "forward"]
@@ -85,6 +85,7 @@ def forward(
     return outs[-1].clone(), h_n, c_n.to(c0.dtype), hidden, gates, cells
 
 
+@tf32.of_backward
 def backward(
     grad_out: Tensor | None,
     grad_h_n: Tensor | None,

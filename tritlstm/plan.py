@@ -451,8 +451,6 @@ def _block_k(problem: _Problem, depth: int, tier: str, block_b: int, threads: in
     if _without_wgmma(problem.device) and problem.direction == "backward":
         most /= 2  # else 8 to 16 bytes spill for sm_80
     chunks = [chunk for chunk in chunks if received[chunk] <= most] or chunks[-1:]
-    if problem.precision == "tf32" and chunks[0] * problem.element == 1024:
-        chunks = chunks[1:] or chunks  # of weights that are rounded on their way in, up to 104 bytes spill
     return min(chunks, key=lambda chunk: -(-depth // chunk) * (chunk + 48))
 
 
@@ -692,8 +690,6 @@ def _feasible(
         return
     if problem.normed and parts == 8 and cells > 1 and device.arch != "emulated":
         return  # 8 to 160 bytes spill for sm_90
-    if problem.chains > 1 and parts == 8 and cells > 1 and problem.precision == "tf32" and device.arch == "sm_90":
-        return  # 16 bytes spill at H=768
     if _without_wgmma(device):
         if problem.normed and (stages > 1 or (tier == "persistent" and block_h > 16)):
             return  # 8 to 48 bytes spill for sm_80
@@ -731,10 +727,8 @@ def _feasible(
         received /= matrices  # two loops' worth of addresses are held
         if problem.stacked and not forward and (TRITON < (3, 7) or (from_shared and cells > 1)):
             received /= 2  # else 16 to 56 bytes spill for sm_90
-        if problem.precision == "tf32" and from_shared and (cells >= 2 or (problem.stacked and not forward)):
-            received /= 4  # beside weights that pass through registers to be rounded, else 8 to 88 bytes spill
-        elif problem.precision == "tf32" and half and problem.chains > 1:
-            received /= 4  # else 8 bytes spill for sm_90
+        if problem.precision == "tf32" and tier == "streaming":
+            received /= 4  # more would leave less room for weights
         if problem.normed and forward and _scalar_products(problem):
             received = 0  # one at a time, else 8 bytes spill for sm_90
         resident = poll = 0

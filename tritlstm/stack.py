@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import chains, layer, pipeline, plan, status
+from . import chains, layer, pipeline, plan, status, tf32
 from .cell_options import PLAIN
 from .plan import padded
 
@@ -101,6 +101,7 @@ def forward(
     return out, h_n, c_n, buffer.view(shape), gates.view(shape), cells.view(shape)
 
 
+@tf32.of_backward
 def backward(
     grad_out: Tensor | None,
     grad_h_n: Tensor | None,
