@@ -614,7 +614,7 @@ def _most_cells(problem: _Problem, tier: str, block_b: int) -> float:
         if problem.chains > 1 and problem.device.matrix_rows > 16 and not TUNED:
             return 4 if problem.direction == "forward" else 2  # more spill 8 to 32 bytes for sm_90
         if problem.chains > 1 and problem.direction == "backward" and _without_wgmma(problem.device):
-            return 2  # 4 spill 8 bytes for sm_80
+            return 0 if problem.pieces > 1 else 2  # 4 spill 8 bytes for sm_80, and in pieces 2
         if problem.direction == "backward" and problem.pieces > 1:
             # 4 spill 8 bytes for sm_80, of tiles of 32 up to 16 for sm_90, and 2 beside another chain 8 to 24.
             return 0 if problem.chains > 1 else 2 if problem.device.matrix_rows == 16 or block_b > 16 else 4
@@ -690,6 +690,8 @@ def _feasible(
         return
     if problem.normed and parts == 8 and cells > 1 and device.arch != "emulated":
         return  # 8 to 160 bytes spill for sm_90
+    if problem.chains > 1 and parts == 8 and cells > 1 and problem.precision == "tf32" and device.arch == "sm_90":
+        return  # 40 to 56 bytes spill at H=1024
     if _without_wgmma(device):
         if problem.normed and (stages > 1 or (tier == "persistent" and block_h > 16)):
             return  # 8 to 48 bytes spill for sm_80
