@@ -23,7 +23,7 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 #: Options of the emulator that are overrides of a plan.
 PLANNED = ("tier", "protocol", "block_h", "block_b", "block_k", "parts", "poll", "resident", "stages", "held",
-           "clustered", "tile_rows", "half")  # fmt: skip
+           "clustered", "tile_rows", "half", "narrow")  # fmt: skip
 NAMES = ("out", "h_n", "c_n", "x", "w_ih", "w_hh", "b", "h0", "c0")
 
 

@@ -160,7 +160,7 @@ def test_errors_are_those_of_tf32():
             for name in NAMES:
                 most[name][k] = max(most[name][k], found[name])
     for name, (tf32, fp16) in most.items():
-        assert 1e-5 < fp16 < 1.3 * tf32, (name, tf32, fp16)
+        assert 1e-5 < fp16 < 1.5 * tf32, (name, tf32, fp16)
 
 
 def test_weights_and_first_states_of_any_size():
