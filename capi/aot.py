@@ -159,7 +159,8 @@ def recurrent_plans(dtype: torch.dtype, hidden: int, device: Device, tiers: tupl
         if tiers:
             asked = [(1 if t == "step" else 2, batch, {"tier": t}) for t in tiers for batch in BATCHES]
         for length, batch, overrides in asked:
-            overrides = {**overrides, "clustered": False}  # the launcher in C makes none
+            # The launcher in C makes no clusters, and its kernel for one step runs longer sequences as well.
+            overrides = {**overrides, "clustered": False, "alone": False}
             try:
                 best = plan.recurrent(direction, length, batch, hidden, dtype, device, "ieee", save, overrides)
             except plan.PlanError:

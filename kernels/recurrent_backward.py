@@ -173,6 +173,7 @@ def recurrent_backward(
     HELD: tl.constexpr = 0,  # of the resident chunks, in registers; the others in shared memory
     CLUSTER: tl.constexpr = False,  # a team is a cluster: partial sums go through its blocks' shared memory
     STAGES: tl.constexpr = 1,  # of the loop over streamed chunks; above 1 the compiler copies weights ahead
+    ALONE: tl.constexpr = False,  # one step: no gradient comes from a later one, and nothing is multiplied
     CHAINS: tl.constexpr = 1,  # recurrences side by side, of which the last `reverse` walk in reverse
     cuts_ptr=None,  # [T, B] int32: whether the state was zeroed before the step
     peephole_ptr=None,  # [3, H]: of i, f, o
@@ -406,7 +407,7 @@ def recurrent_backward(
                     if grad_out_ptr is not None:
                         far = far_t.to(tl.int64) * grad_out_stride_t + b_of_cell.to(tl.int64) * grad_out_stride_b
                         exchange.fetch(grad_out_ptr + far * H + unit_of_cell, soon & begins & visible, AMD)
-            else:
+            elif not ALONE:
                 if STACKED:
                     from_above = tl.zeros((ROWS, BLOCK_B), tl.float32)
                     if chain < CHAINS - 1:
@@ -475,6 +476,8 @@ def recurrent_backward(
                 )  # fmt: skip
             if SINGLE:
                 from_later = layout.cells_of_sum(acc, BLOCK_H, BLOCK_B)
+            elif ALONE:
+                from_later = tl.zeros(dh.shape, tl.float32)
             else:
                 if STACKED:
                     acc = tl.where(first_step, 0.0, acc) + from_above

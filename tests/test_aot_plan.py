@@ -99,12 +99,16 @@ def test_c_chooses_as_python_does(c: Any, built: list[aot.Kernel], family: str) 
     assert {tier for _, tier in chosen} >= {"persistent", "streaming", "step"}
 
 
-def test_no_clusters_are_built() -> None:
-    """They may be what the planner takes (TRITLSTM_CLUSTERS); the launcher in C makes none."""
+def test_what_the_library_in_c_can_not_launch_is_not_built() -> None:
+    """Clusters (TRITLSTM_CLUSTERS), which its launcher does not make, and the backward kernel of a single step, where it
+    has one step kernel for all lengths."""
     device = dataclasses.replace(DEVICES["sm_90"], clusters=True)
     assert plan.recurrent("backward", 2, 16, 768, torch.float16, device, "ieee", True).clustered
-    for tiers in ((), ("persistent",)):
-        assert not any(p.clustered for p in aot.recurrent_plans(torch.float16, 768, device, tiers))
+    assert plan.recurrent("backward", 1, 16, 768, torch.float16, device, "ieee", True).alone
+    for tiers in ((), ("persistent",), ("step",)):
+        found = aot.recurrent_plans(torch.float16, 768, device, tiers)
+        assert found
+        assert not any(p.clustered or p.alone for p in found)
 
 
 @pytest.mark.parametrize("family", SELECTION.families)

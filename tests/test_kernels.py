@@ -23,7 +23,7 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 #: Options of the emulator that are overrides of a plan.
 PLANNED = ("tier", "protocol", "block_h", "block_b", "block_k", "parts", "poll", "resident", "stages", "held",
-           "clustered", "tile_rows", "half", "narrow")  # fmt: skip
+           "clustered", "tile_rows", "half", "narrow", "alone")  # fmt: skip
 NAMES = ("out", "h_n", "c_n", "x", "w_ih", "w_hh", "b", "h0", "c0")
 
 
@@ -398,6 +398,17 @@ def test_more_units_are_multiplied_as_tf32_where_that_is_allowed():
     allowed = recurrent_errors(80, tier="persistent", tf32=True)
     assert 2e-5 < allowed["out"] < 1e-3
     assert recurrent_errors(80, tier="persistent")["out"] < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
+@pytest.mark.parametrize("lengths", [None, [1, 0, 1, 1, 0]], ids=["", "lengths"])
+def test_the_only_step_of_a_backward_pass_needs_no_product(lengths, dtype):
+    problem = Problem.draw(1, 5, 7, 37, dtype)
+    options = {"tier": "step", "block_h": 16, "block_b": 16}
+    alone, whole = (problem.by_kernels(lengths, **options, alone=alone) for alone in (True, False))
+    assert all(torch.equal(alone[name], whole[name]) for name in NAMES)
+    exact = problem.by_reference(lengths)
+    assert np.abs(alone["x"].double().numpy() - exact["x"]).max() < 20 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("parts", [4, 8])

@@ -113,6 +113,23 @@ def test_what_is_in_registers_is_not_read_from_shared_memory() -> None:
             plan.recurrent("forward", 9, 16, 768, dtype, plan.DEVICES[arch], "tf32", overrides={"held": 1, **more})
 
 
+@pytest.mark.parametrize("chains", [1, 2])
+@pytest.mark.parametrize(("dtype", "precision"), [(FP16, "ieee"), (FP32, "tf32"), (FP32, "ieee")])
+def test_the_only_step_of_a_backward_pass_multiplies_nothing(chains: int, dtype: torch.dtype, precision: str) -> None:
+    fixed = (4096, 256, dtype, plan.DEVICES["sm_90"], precision, True)
+    p = plan.recurrent("backward", 1, *fixed, None, chains)
+    assert (p.alone, p.order, p.constants["ALONE"]) == (True, None, True)
+    assert p.cost.total == p.cost.cell > 0
+    assert "no w_hh in the only step" in p.describe()
+    whole = plan.recurrent("backward", 1, *fixed, {"alone": False}, chains)
+    assert "ALONE" not in whole.constants
+    assert whole.us_per_step > 5 * p.us_per_step
+    assert not plan.recurrent("backward", 2, *fixed, None, chains).alone
+    assert not plan.recurrent("forward", 1, *fixed, {"alone": True}, chains).alone
+    with pytest.raises(plan.PlanError, match="alone"):
+        plan.recurrent("backward", 2, *fixed, {"alone": True}, chains)
+
+
 def test_a_part_of_k_begins_with_a_whole_run() -> None:
     """H=1000 in 16 bits: an eighth of 4000 columns is 1000 bytes, no multiple of 16. In fp32 it is."""
     overrides = {"parts": 8}

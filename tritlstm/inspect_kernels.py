@@ -203,7 +203,7 @@ def recurrent_key(chosen: RecurrentPlan) -> tuple:
     """What tells the kernels of a direction and dtype apart, except for H and what follows from it."""
     return (chosen.tier, chosen.protocol, chosen.block_h, chosen.block_b, chosen.block_k, chosen.parts,
             chosen.num_warps, chosen.poll, chosen.chains > 1, chosen.stacked, chosen.stages, chosen.held,
-            chosen.clustered, chosen.half, chosen.narrow)  # fmt: skip
+            chosen.clustered, chosen.half, chosen.narrow, chosen.alone)  # fmt: skip
 
 
 def configurations(device: Device, products: Any = PRODUCTS, variant: str = "plain") -> list[Configuration]:
@@ -355,7 +355,7 @@ def expected_matrix(launch: Launch, dtype: torch.dtype, arch: str) -> re.Pattern
     backward pass PARTS * BLOCK_H. Fewer columns than `plan.WGMMA_COLUMNS` the compiler leaves to mma.sync.
     """
     constants = launch.constants
-    if launch.kernel in ("narrow", "round_weights"):
+    if launch.kernel in ("narrow", "round_weights") or constants.get("ALONE"):
         return None
     if arch.startswith("gfx"):
         return re.compile(r"v_mfma_f32_\w+")
@@ -397,7 +397,8 @@ def inspect_launch(configuration: Configuration, arch: str, compiled: Any = None
     found: list[str] = []
     if launch.kernel in EXCHANGE:
         ttgir = compiled.asm["ttgir"]
-        resident, found = _resident(code, ttgir)
+        alone = isinstance(configuration.plan, RecurrentPlan) and configuration.plan.alone
+        resident, found = (False, []) if alone else _resident(code, ttgir)
         exchanged = code.reads(EXCHANGE[launch.kernel])
         row["weights_resident"] = resident
         row["exchange_reads"] = dict(collections.Counter(_named(load) for load in exchanged))

@@ -253,6 +253,7 @@ class RecurrentPlan:
     clustered: bool = False  # a team is a thread-block cluster
     tile_rows: int = 0  # sequences of a batch tile, at most block_b
     half: bool = False  # at most half of block_b: the other places have no cells
+    alone: bool = False  # the only step of a backward pass, which multiplies nothing
 
     @property
     def narrow(self) -> bool:
@@ -262,7 +263,7 @@ class RecurrentPlan:
     @property
     def order(self) -> int | None:
         """How ``rounding.round_weights`` must lay w_hh out for it; None: it reads w_hh as it is, or ``narrow``."""
-        if self.precision != "tf32" or self.dtype != torch.float32:
+        if self.precision != "tf32" or self.dtype != torch.float32 or self.alone:
             return None
         if self.direction == "forward":
             return rounding.ROWS.value
@@ -333,6 +334,8 @@ class RecurrentPlan:
             constants["CLUSTER"] = True
         if self.half:
             constants["HALF"] = True
+        if self.alone:
+            constants["ALONE"] = True
         if self.direction == "forward":
             separate = padded(self.hidden) != self.hidden or self.narrow
             return {**constants, "SAVE": self.save, "SEPARATE_OUT": separate, **dict(self.cell)}
@@ -371,6 +374,8 @@ class RecurrentPlan:
         held = f", {self.held} of them in registers" if self.held else ""
         fp16 = " in fp16" if self.narrow else ""
         on_chip = f"{self.resident}/{self.chunks} chunks of w_hh on chip{fp16}{held}"
+        if self.alone:
+            on_chip = "no w_hh in the only step"
         teams = f" in {'clusters' if self.clustered else 'teams'} of {self.parts}" if self.parts > 1 else ""
         rows = f"{self.tile_rows} in {self.block_b}" if self.tile_rows < self.block_b else f"{self.block_b}"
         what = "layers" if self.stacked else "chains"
@@ -483,6 +488,8 @@ def _of_precision(problem: _Problem) -> Iterator[RecurrentPlan]:
                     sizes = (block_h, block_b, parts, _num_warps(problem, block_h * parts), stages)
                     for clustered in _clusters(problem, tier, parts):
                         yield from _feasible(problem, tier, *sizes, clustered=clustered)
+                        if stages == 1 and problem.one_step and problem.direction == "backward":
+                            yield from _feasible(problem, tier, *sizes, alone=True)
                         if stages == 1 and block_b >= 16 and _holds(problem, tier):
                             yield from _feasible(problem, tier, *sizes, 1, clustered)
                     if stages == 1 and _halves(problem, tier, block_b):
@@ -675,7 +682,7 @@ def tile_rows(batch: int, places: int, groups: int) -> int:
 
 def _feasible(
     problem: _Problem, tier: str, block_h: int, block_b: int, parts: int, num_warps: int, stages: int, held: int = 0,
-    clustered: bool = False, half: bool = False,
+    clustered: bool = False, half: bool = False, alone: bool = False,
 ) -> Iterator[RecurrentPlan]:  # fmt: skip
     device, hidden, sms = problem.device, problem.hidden, problem.device.sms
     if clustered and device.arch != "emulated":
@@ -729,8 +736,9 @@ def _feasible(
         received /= matrices  # two loops' worth of addresses are held
         if problem.stacked and not forward and (TRITON < (3, 7) or (from_shared and cells > 1)):
             received /= 2  # else 16 to 56 bytes spill for sm_90
-        if problem.precision == "tf32" and tier == "streaming":
-            received /= 4  # more would leave less room for weights
+        if problem.precision == "tf32" and (tier == "streaming" or (problem.normed and cells >= 2)):
+            # More would leave less room for weights; and with a norm 8 bytes spill for sm_90.
+            received /= 16 if problem.normed and forward and tier == "streaming" else 4
         if problem.normed and forward and _scalar_products(problem):
             received = 0  # one at a time, else 8 bytes spill for sm_90
         resident = poll = 0
@@ -774,7 +782,7 @@ def _feasible(
         max_registers=_max_registers(device, not forward and tier != "single" and cells > 2),
         amd=device.arch.startswith("gfx"), hoist=_hoists(problem, tier),
         chains=problem.chains, stacked=problem.stacked, stages=stages, held=held, clustered=clustered,
-        half=half,
+        half=half, alone=alone,
     )  # fmt: skip
     most = problem.chains if tier == "step" else min(problem.chains, sms // n_blocks)
     if problem.stacked and most < problem.chains:
@@ -859,8 +867,12 @@ def _cost(problem: _Problem, plan: RecurrentPlan) -> StepCost:
         prefill = rows * plan.n_groups * plan.at_once * depth * element / device.memory_bytes_per_us
     if plan.stacked:  # what the layer below or above has is read and multiplied too
         copy, matrix, shared = 2 * copy, 2 * matrix, 2 * shared
+    if plan.alone:
+        copy = matrix = shared = streamed = 0.0
     launch = known.launch_us if plan.tier == "step" and not problem.one_step else 0.0
-    weights = max(matrix, shared) + known.fence_us * plan.chunks * (2 if plan.stacked else 1)
+    weights = max(matrix, shared)
+    if not plan.alone:
+        weights += known.fence_us * plan.chunks * (2 if plan.stacked else 1)
     if plan.tier == "single":
         # Twice as many operands pass to shared memory; that a turn then takes half as long again is an estimate.
         weights += known.turn_us * (1 if forward else 4) * (1.5 if products > 1 else 1)
@@ -891,9 +903,10 @@ def recurrent(
 
     ``direction`` is ``'forward'`` or ``'backward'``; ``overrides`` fixes fields of :class:`RecurrentPlan` (``tier``,
     ``protocol``, ``block_h``, ``block_b``, ``block_k``, ``num_warps``, ``at_once``, ``stages``, ``held``, forward
-    ``half`` and ``narrow``, backward ``parts`` and ``clustered``, ``tile_rows``, of which 0 is full tiles, and after
-    the choice ``resident``, ``poll``, ``n_groups``). ``chains``: so many recurrences side by side, which need nothing
-    of each other (directions, heads of H units); only plans that hold w_hh on chip, and those of one step, know them.
+    ``half`` and ``narrow``, backward ``parts``, ``clustered`` and ``alone``, ``tile_rows``, of which 0 is full tiles,
+    and after the choice ``resident``, ``poll``, ``n_groups``). ``chains``: so many recurrences side by side, which need
+    nothing of each other (directions, heads of H units); only plans that hold w_hh on chip, and those of one step, know
+    them.
     ``stacked``: they are layers instead, each of which reads the one before it, and all run at once.
     ``normed``: with layer normalisation.
     Raises :class:`PlanError` if nothing fits.
@@ -931,6 +944,7 @@ def _recurrent(
     if direction == "forward":
         fixed.pop("parts", None)
         fixed.pop("clustered", None)
+        fixed.pop("alone", None)
     else:
         fixed.pop("half", None)
         fixed.pop("narrow", None)
@@ -1096,7 +1110,7 @@ def _kib(size: int) -> int:
 
 
 CHOICES = ("tier", "protocol", "block_h", "block_b", "num_warps", "parts", "at_once", "stages", "held", "clustered",
-           "half", "narrow")  # fmt: skip
+           "half", "narrow", "alone")  # fmt: skip
 
 
 @functools.lru_cache(maxsize=4096)

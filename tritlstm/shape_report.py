@@ -119,9 +119,9 @@ def report(shape: Shape, direction: str, device: Device, compiled: bool = True) 
     reads = 0 if p.tier == "single" else p.n_blocks * shape.B * depth // p.parts * exchanged
     if p.parts > 1:
         reads += p.n_blocks * p.parts * p.block_h * shape.B * 8  # partial sums and their turns
-    l2_bytes = round(reads + streamed * p.n_blocks * p.n_tiles)
+    l2_bytes = 0 if p.alone else round(reads + streamed * p.n_blocks * p.n_tiles)
     memory_bytes = shape.B * (2 * gates + cells + h if direction == "forward" else 2 * gates + 2 * cells + h)
-    multiply_adds = 4 * shape.B * shape.H * shape.H
+    multiply_adds = 0 if p.alone else 4 * shape.B * shape.H * shape.H
     hand_off = 0.0 if p.protocol == "none" else device.constants.flag_us
     floor = max(memory_bytes / device.memory_bytes_per_us, multiply_adds / rate) + hand_off
     return Report(p, l2_bytes, memory_bytes, multiply_adds, floor, counts(p, device) if compiled else {})
