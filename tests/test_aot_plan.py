@@ -100,8 +100,8 @@ def test_c_chooses_as_python_does(c: Any, built: list[aot.Kernel], family: str) 
 
 
 def test_what_the_library_in_c_can_not_launch_is_not_built() -> None:
-    """Clusters (TRITLSTM_CLUSTERS), which its launcher does not make, and the backward kernel of a single step, where it
-    has one step kernel for all lengths."""
+    """Clusters (TRITLSTM_CLUSTERS), which its launcher does not make, and the backward kernel of a single step: it has
+    one step kernel for all lengths."""
     device = dataclasses.replace(DEVICES["sm_90"], clusters=True)
     assert plan.recurrent("backward", 2, 16, 768, torch.float16, device, "ieee", True).clustered
     assert plan.recurrent("backward", 1, 16, 768, torch.float16, device, "ieee", True).alone

@@ -8,6 +8,7 @@ times further away.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
@@ -257,6 +258,26 @@ def test_an_h_that_may_be_larger_than_one_is_not_narrowed(change, narrow, monkey
     (recurrence,) = (launch for launch in launches if launch.kernel == "recurrent_forward")
     assert recurrence.constants["PRECISION"] == ("fp16" if narrow else "tf32")
     assert ("narrow" in [launch.kernel for launch in launches]) == narrow
+
+
+@pytest.mark.parametrize("options", [{"layer_norm": True}, {"layer_norm": True, "zoneout": 0.1}], ids=["", "zoneout"])
+def test_layer_norm(options, monkeypatch):
+    """It is bounded by its last tanh. Beside float64, since the reference here has none."""
+    torch.manual_seed(0)
+    ours = tritlstm.LSTM(6, 70, device=DEVICE, **options).eval()
+    exact = copy.deepcopy(ours).double()
+    x = torch.randn(5, 3, 6, device=DEVICE)
+    given, wide = (v.clone().requires_grad_() for v in (x, x.double()))
+    with watched(monkeypatch) as launches, kernels(**ALLOWED):
+        out, _ = ours(given)
+        out.sin().sum().backward()
+    exact(wide)[0].sin().sum().backward()
+    (recurrence,) = (launch for launch in launches if launch.kernel == "recurrent_forward")
+    assert recurrence.constants["PRECISION"] == ("tf32" if "zoneout" in options else "fp16")
+    assert 1e-6 < (out - exact(x.double())[0]).abs().max() < 3e-3
+    grads = {name: (p.grad, dict(exact.named_parameters())[name].grad) for name, p in ours.named_parameters()}
+    for name, (got, expected) in (grads | {"x": (given.grad, wide.grad)}).items():
+        assert (got - expected).abs().max() < 5e-3 * max(1, expected.abs().max()), name
 
 
 @pytest.mark.parametrize("at_once", [1, 2])

@@ -92,12 +92,13 @@ def _raw_products(x: Tensor, w_ih: Tensor, hidden: int) -> Iterator[tuple[slice,
 
 
 def fits(x: Tensor, hidden: int) -> bool:
-    """Whether the planner has kernels for a layer-normed layer of `hidden` units on `x`."""
+    """Whether the planner has kernels for a layer-normed layer of `hidden` units on `x`, whatever the cell."""
+    overrides = {**layer._overrides(), "narrow": False}
     try:
         for direction in ("forward", "backward"):
             plan.recurrent(
                 direction, x.shape[0], x.shape[1], hidden, x.dtype, plan.device_of(x), plan.dot_precision(x),
-                overrides=layer._overrides(), normed=True,
+                overrides=overrides, normed=True,
             )  # fmt: skip
     except plan.PlanError:
         return False

@@ -461,9 +461,9 @@ def _block_k(problem: _Problem, depth: int, tier: str, block_b: int, threads: in
 
 def _candidates(problem: _Problem) -> Iterator[RecurrentPlan]:
     yield from _of_precision(problem)
-    # Layers as a wavefront would leave what backward reads in fp16, and a layer norm's h may have any size.
+    # Layers as a wavefront would leave what backward reads in fp16.
     wide = problem.precision == "tf32" and problem.dtype == torch.float32
-    if problem.direction == "forward" and wide and not problem.stacked and not problem.normed:
+    if problem.direction == "forward" and wide and not problem.stacked:
         yield from _of_precision(dataclasses.replace(problem, precision=NARROW))
 
 
@@ -739,6 +739,8 @@ def _feasible(
         if problem.precision == "tf32" and (tier == "streaming" or (problem.normed and cells >= 2)):
             # More would leave less room for weights; and with a norm 8 bytes spill for sm_90.
             received /= 16 if problem.normed and forward and tier == "streaming" else 4
+        elif problem.normed and problem.precision == NARROW:
+            received /= 4  # else 8 bytes spill for sm_90
         if problem.normed and forward and _scalar_products(problem):
             received = 0  # one at a time, else 8 bytes spill for sm_90
         resident = poll = 0
