@@ -3,7 +3,7 @@
 TF32 keeps 11 significant bits of an operand, and so does fp16. What fp16 lacks is range, which powers of two give back:
 each row of w_hh is multiplied by one that brings its largest value to 2¹⁴ … 2¹⁵, each row of h0 likewise, and h, which
 is no larger than 1, by :data:`STATE_SCALE`. Values down to 2⁻²⁸ of the largest then keep their 11 bits; smaller ones
-err by 2⁻³⁹ of it at most, where the largest itself may err by 2⁻¹². Sums are fp32 and are multiplied by the inverse.
+err by 2⁻³⁹ of it at most, where the largest itself may err by 2⁻¹¹. Sums are fp32 and are multiplied by the inverse.
 """
 
 import triton

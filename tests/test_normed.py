@@ -439,3 +439,13 @@ def test_a_plan_never_launches_step_by_step():
                 assert chosen.tier in ("single", "persistent", "streaming")
     with kernels():
         assert normed.fits(torch.empty(1, 3, 4, device=DEVICE), 20)
+
+
+@pytest.mark.skipif(CUDA, reason="of pretended devices")
+@pytest.mark.parametrize("shared", [24, 40, 64, 96])
+@pytest.mark.parametrize("hidden", [72, 136])
+def test_explain_says_what_runs_where_tf32_is_allowed(hidden, shared):
+    with emulator.emulate(sms=4, shared_bytes=shared << 10, tf32=True):
+        x = torch.zeros(4, 3, 6)
+        found = tritlstm.explain(tritlstm.LSTM(6, hidden, layer_norm=True), x)
+        assert (found.path == "kernels") == normed_ops.runs_kernels(x, hidden)

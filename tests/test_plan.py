@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 import subprocess
@@ -561,3 +562,25 @@ def test_products_of_fp32_follow_the_switch_for_tf32() -> None:
         assert plan.dot_precision(x) == "ieee"
     finally:
         switch.fp32_precision = before
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_how_layers_run_does_not_depend_on_tf32(arch: str) -> None:
+    """Backward reads what forward saved in the order that its way has, and TF32 may be allowed in one of them alone."""
+    device, seen = plan.DEVICES[arch], set()
+    for hidden, batch, length, layers in itertools.product((64, 72, 128, 256, 512), (16, 64), (30, 512), (2, 4)):
+        fixed = (length, batch, layers, hidden, FP32, device)
+        found = plan.together(*fixed, "tf32")
+        assert plan.together(*fixed, "ieee") == found
+        seen.add(found.way)
+        if found.way != "apart":
+            for precision in ("tf32", "ieee"):
+                assert found.way in plan._ways(*fixed, True, (), (plan.SHORTEST_CHUNK, plan.HOST_LAUNCH_US), precision)
+    assert len(seen) > 1
+
+
+@pytest.mark.parametrize("batch", [600_000, 1_000_000])
+@pytest.mark.parametrize(("dtype", "precision"), [(FP16, "ieee"), (FP32, "tf32")])
+def test_a_step_of_many_sequences_fits_the_grid(dtype: torch.dtype, precision: str, batch: int) -> None:
+    p = plan.recurrent("backward", 1, batch, 256, dtype, plan.DEVICES["sm_90"], precision)
+    assert p.launch({}).grid[1] <= 65535

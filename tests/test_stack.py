@@ -363,3 +363,20 @@ class TestOperator:
             given[place] = value
         with pytest.raises(ValueError, match=words):
             OPERATOR(*given, False)
+
+
+@pytest.mark.skipif(CUDA, reason="the pretended TF32 is the emulator's")
+@pytest.mark.parametrize("forward", [True, False])
+def test_tf32_in_one_pass_alone(forward):
+    """The way, and so the order of what is saved, is the same with and without."""
+    problem = Problem((2, 20, 3, 5, 40), torch.float32)
+    x, w_ih, w_between, w_hh, b_ih, b_hh, h0, c0 = problem.given
+    options = {"sms": 24}
+    with emulator.emulate(tf32=forward, **options):
+        out, h_n, c_n, *saved = stack.forward(x, w_ih, w_between, w_hh, b_ih, b_hh, h0, c0, None, True)
+    with emulator.emulate(tf32=not forward, **options):
+        inputs = (x, w_ih, w_between, w_hh, h0, c0, None)
+        gradients = stack.backward(*problem.grads, *inputs, *saved, (True,) * 7)
+    exact = problem.by_reference()
+    for name, got in zip(NAMES, (out, h_n, c_n, *gradients), strict=True):
+        assert np.abs(got.double().numpy() - exact[name]).max() < 2e-2, name

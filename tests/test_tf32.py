@@ -46,6 +46,23 @@ def newly(precision: str) -> Callable[[], None]:
     return lambda: setattr(MATMUL, "fp32_precision", precision)
 
 
+def test_what_was_inherited_is_inherited_afterwards():
+    everywhere = torch.backends
+    MATMUL.fp32_precision = "none"
+    before = everywhere.fp32_precision
+    try:
+        for first, then in (("ieee", "tf32"), ("tf32", "ieee")):
+            everywhere.fp32_precision = first
+            assert MATMUL.fp32_precision == first
+            with tf32.allowed():
+                assert MATMUL.fp32_precision == "tf32"
+            assert MATMUL.fp32_precision == first
+            everywhere.fp32_precision = then
+            assert MATMUL.fp32_precision == then
+    finally:
+        everywhere.fp32_precision = before
+
+
 @pytest.mark.parametrize(
     "told", [untouched, forbidden, allowed, newly("tf32"), newly("ieee"), newly("none")],
     ids=["untouched", "forbidden", "allowed", "new tf32", "new ieee", "new none"],
@@ -107,7 +124,7 @@ def test_products_of_backward_are_as_those_of_the_kernels(monkeypatch, is_cuda, 
 
 
 @pytest.mark.parametrize("function", [
-    layer.gradients, chains.backward, stack.backward, pipeline.backward, normed.backward,
+    layer._gradients, chains.backward, stack.backward, pipeline.backward, normed.backward,
 ], ids=lambda f: f.__module__)  # fmt: skip
 def test_every_backward_pass_does_so(monkeypatch, function):
     """Not by its results, which a CPU makes without TF32: by what torch was told when it first looks at x."""

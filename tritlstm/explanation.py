@@ -279,8 +279,13 @@ def _runs(
     if "layer_norm" not in beyond:
         return _kernel_runs(*given)
     try:
-        # Both directions must be possible, as they must for the operator, trained or not.
-        _kernel_runs(module, call._replace(training=True), *given[2:])
+        # Both directions must be possible, as they must for the operator, trained or not, and with any cell.
+        emulation = emulator.current()
+        overrides = {"narrow": False} | ({} if emulation is None else emulation.overrides)
+        precision = plan.dot_precision(torch.empty(0, dtype=dtype))
+        for direction in ("forward", "backward"):
+            fixed = (length, batch, call.hidden, dtype, plan.device_of(data), precision)
+            plan.recurrent(direction, *fixed, True, overrides, normed=True)
         return _kernel_runs(*given)
     except plan.PlanError as error:
         return other("aten", f"layer_norm needs all blocks of a step on the device at once: {error}")

@@ -228,7 +228,7 @@ def configurations(device: Device, products: Any = PRODUCTS, variant: str = "pla
         side_by_side = itertools.product(("forward", "backward"), (1, 2), CHAINS if plain else (1,), (False,), (None,))
         stacked = itertools.product(("forward", "backward"), (2,), LAYERS if plain else (), (True,), (None,))
         # A cell whose h has no bound runs otherwise.
-        wide = variant == "cell" and (dtype, precision) == (torch.float32, "tf32")
+        wide = not plain and (dtype, precision) == (torch.float32, "tf32")
         unbounded = itertools.product(("forward",), (1, 2), (1,) if wide else (), (False,), ({"narrow": False},))
         for direction, length, chains, is_stacked, overrides in (*side_by_side, *stacked, *unbounded):
             fixed = (dtype, device, precision, True, overrides, chains, is_stacked, normed)

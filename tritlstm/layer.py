@@ -109,6 +109,8 @@ def _weights(w: Tensor, layout: plan.RecurrentPlan) -> Tensor:
     """Weights [*C, 4H, H] as a recurrent kernel reads them: padded or, for products of TF32, rounded and laid out."""
     *chains, rows, hidden = w.shape
     width = padded(hidden)
+    if layout.alone:
+        return w  # which is not read
     if layout.order is None or w.numel() == 0:
         return _pad_columns(w, width)
     out = w.new_empty(*chains, rows if layout.direction == "forward" else 4 * width, width)
@@ -461,7 +463,6 @@ def backward(
     return tuple(x.new_empty(0) if grad is None else grad for grad in found)
 
 
-@tf32.of_backward
 def gradients(
     grad_out: Tensor | None,
     grad_h_n: Tensor | None,
@@ -482,11 +483,38 @@ def gradients(
     times: tuple[int, ...] = (),
 ) -> tuple[Tensor | None, ...]:
     """:func:`backward` with None for what is not needed, and the bias sum so many ``times``: [*times, 4H]."""
-    length, batch, features = x.shape
-    hidden = w_hh.shape[1]
     cuts = None if cell.resets is None else aten.cut_steps(cell.resets, lengths, reverse)
     if rebuild is not None:
+        # Not of TF32: of few units, forward's products were not either.
         gates = _rebuilt_gates(x, w_ih, w_hh, *rebuild, h0, c0, lengths, cuts, out, cells, reverse, cell)
+    return _gradients(
+        grad_out, grad_h_n, grad_c_n, x, w_ih, w_hh, h0, c0, lengths, cuts, out, gates, cells, reverse, needs, cell,
+        times,
+    )  # fmt: skip
+
+
+@tf32.of_backward
+def _gradients(
+    grad_out: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    lengths: Tensor | None,
+    cuts: Tensor | None,
+    out: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    reverse: bool,
+    needs: Sequence[bool],
+    cell: Cell,
+    times: tuple[int, ...],
+) -> tuple[Tensor | None, ...]:
+    length, batch, features = x.shape
+    hidden = w_hh.shape[1]
     grad_gates, grad_c0, kept_h = _recurrent_backward(
         grad_out, grad_h_n, grad_c_n, w_hh, c0, lengths, cuts, gates, cells, reverse, x, cell
     )

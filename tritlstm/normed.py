@@ -93,7 +93,7 @@ def _raw_products(x: Tensor, w_ih: Tensor, hidden: int) -> Iterator[tuple[slice,
 
 def fits(x: Tensor, hidden: int) -> bool:
     """Whether the planner has kernels for a layer-normed layer of `hidden` units on `x`, whatever the cell."""
-    overrides = {**layer._overrides(), "narrow": False}
+    overrides = {"narrow": False, **layer._overrides()}
     try:
         for direction in ("forward", "backward"):
             plan.recurrent(

@@ -263,7 +263,7 @@ class RecurrentPlan:
     @property
     def order(self) -> int | None:
         """How ``rounding.round_weights`` must lay w_hh out for it; None: it reads w_hh as it is, or ``narrow``."""
-        if self.precision != "tf32" or self.dtype != torch.float32 or self.alone:
+        if self.precision != "tf32" or self.alone:
             return None
         if self.direction == "forward":
             return rounding.ROWS.value
@@ -462,8 +462,7 @@ def _block_k(problem: _Problem, depth: int, tier: str, block_b: int, threads: in
 def _candidates(problem: _Problem) -> Iterator[RecurrentPlan]:
     yield from _of_precision(problem)
     # Layers as a wavefront would leave what backward reads in fp16.
-    wide = problem.precision == "tf32" and problem.dtype == torch.float32
-    if problem.direction == "forward" and wide and not problem.stacked:
+    if problem.direction == "forward" and problem.precision == "tf32" and not problem.stacked:
         yield from _of_precision(dataclasses.replace(problem, precision=NARROW))
 
 
@@ -708,6 +707,8 @@ def _feasible(
     n_tiles = -(-problem.batch // block_b)
     if tier != "step" and n_blocks > sms:
         return
+    if tier == "step" and n_tiles > 65535:
+        return  # more than CUDA's second dimension holds
     if tier == "single":
         block_k = block_h
         chunks = resident = poll = 1
@@ -955,6 +956,7 @@ def _recurrent(
     asked = fixed.get("protocol")
     protocols = (asked,) if asked in ("flag", "counter") else ("flag",)
     one_step = one_step and not normed
+    precision = precision if dtype == torch.float32 else "ieee"
     problem = _Problem(
         direction, batch, hidden, dtype, _split(precision, hidden), device, save, one_step, block_k, protocols, chains,
         stacked, normed, fixed.get("parts"), fixed.get("held"), fixed.get("clustered"), rows,
@@ -985,39 +987,66 @@ def together(
     training: bool = True,
     overrides: Mapping[str, Any] | None = None,
 ) -> Together:
-    """The way of running ``layers`` layers that is predicted to take the least time."""
+    """The way of running ``layers`` layers that is predicted to take the least time.
+
+    What forward saves lies in memory as its way has it, so backward must take the same: in fp32 it does not depend on
+    whether TF32 is allowed, as it may be in one of the two passes alone.
+    """
     costs = (SHORTEST_CHUNK, HOST_LAUNCH_US)
-    return _together(
-        length, batch, layers, hidden, dtype, device, precision, training, _items(overrides), costs
-    )
+    fixed = (length, batch, layers, hidden, dtype, device, training, _items(overrides), costs)
+    if dtype == torch.float32 and not device.arch.startswith("gfx"):
+        return _together_in_both(*fixed)
+    return _together(*fixed, precision)
 
 
 @functools.lru_cache(maxsize=4096)
-def _together(
+def _together_in_both(*fixed: Any) -> Together:
+    """The best way where TF32 is allowed, if it is one without TF32 too; else the best one there, likewise."""
+    known = []
+    for precision in ("tf32", "ieee"):
+        with contextlib.suppress(PlanError):  # what runs says so
+            known.append(_ways(*fixed, precision))
+    if not known:
+        return _together(*fixed, "ieee")
+    for ways in known:
+        best = min(ways.values(), key=lambda way: way.us)
+        if all(best.way in others for others in known):
+            return best
+    return known[0]["apart"]
+
+
+def _together(*fixed: Any) -> Together:
+    return min(_ways(*fixed).values(), key=lambda way: way.us)
+
+
+@functools.lru_cache(maxsize=4096)
+def _ways(
     length: int,
     batch: int,
     layers: int,
     hidden: int,
     dtype: torch.dtype,
     device: Device,
-    precision: str,
     training: bool,
     overrides: tuple[tuple[str, Any], ...],
     costs: tuple[int, float],  # of a pipeline
-) -> Together:
+    precision: str,
+) -> dict[str, Together]:
+    """All ways that there are, by name."""
     directions = ("forward", "backward") if training else ("forward",)
     fixed = (length, batch, hidden, dtype, device, precision, training, dict(overrides))
     alone = [recurrent(direction, *fixed) for direction in directions]
-    apart = Together("apart", 1, layers * sum(plan.cost_of(length) for plan in alone))
-    ways = [apart]
+    ways = {"apart": Together("apart", 1, layers * sum(plan.cost_of(length) for plan in alone))}
     if layers > 1 and length > 1:
         with contextlib.suppress(PlanError):
             waves = [recurrent(direction, *fixed, layers, stacked=True) for direction in directions]
-            ways.append(Together("wavefront", 1, sum(plan.cost_of(length) for plan in waves)))
+            ways["wavefront"] = Together("wavefront", 1, sum(plan.cost_of(length) for plan in waves))
         # Full tiles: a batch that is dealt out to all multiprocessors leaves none for another layer.
         full = [recurrent(direction, *fixed[:-1], {**fixed[-1], **FULL_TILES}) for direction in directions]
-        ways.append(_pipeline(full, length, layers, device, *costs))
-    return min(ways, key=lambda way: way.us)
+        pipeline = _pipeline(full, length, layers, device, *costs)
+        if pipeline.us < math.inf:
+            ways["pipeline"] = pipeline
+    return ways
 
 
 def _pipeline(
@@ -1066,6 +1095,7 @@ def tiers(
 ) -> dict[str, RecurrentPlan | str]:
     """The best plan of every tier or, where a tier can't run these sizes, the reason. ``narrow``: whether it may be."""
     one_step = length == 1 and not normed
+    precision = precision if dtype == torch.float32 else "ieee"
     problem = _Problem(
         direction, batch, hidden, dtype, _split(precision, hidden), device, save, one_step, chains=chains,
         stacked=stacked, normed=normed,

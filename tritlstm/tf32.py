@@ -64,8 +64,12 @@ def _allow() -> Callable[[], None] | None:
 
     def undo() -> None:
         matmul.allow_tf32 = False
-        if before is not None:
-            matmul.fp32_precision = before  # "none", which follows others, where the line above leaves "ieee"
+        if before is None:
+            return
+        # That left "ieee". "none" follows torch.backends.fp32_precision, which `before` may have come from.
+        matmul.fp32_precision = "none"
+        if matmul.fp32_precision != before:
+            matmul.fp32_precision = before
 
     return undo
 
