@@ -146,22 +146,25 @@ PATHS: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("with_lengths", [False, True], ids=["", "lengths, in reverse"])
-@pytest.mark.parametrize("path", PATHS)
+#: In the emulator, where they take minutes, every path runs with lengths or without, by turns.
+BY_TURNS = [(path, ends) for k, path in enumerate(PATHS) for ends in (False, True) if CUDA or ends == k % 2]
+
+
+@pytest.mark.parametrize(("path", "with_lengths"), BY_TURNS)
 def test_the_operands_are_those_of_fp16_and_all_else_is_fp32(path, with_lengths):
     sizes, options = PATHS[path]
     p = draw(*sizes)
     ends = {"lengths": [(3 * k + 1) % (sizes[0] + 1) for k in range(sizes[1])], "reverse": True} if with_lengths else {}
     got = forward(p, **ends, **options)
     assert_agrees(got, by_rounded_reference(p, **ends))
-    if not with_lengths and options["tier"] != "streaming":  # less of it streams in fp16, so what fits there does not in fp32
+    if path == "flag":
         assert 1e-4 < (got["out"] - forward(p, **ends, **options, narrow=False)["out"]).abs().max() < 2e-3
 
 
 def test_errors_are_those_of_tf32():
     """Of all results and gradients; the input is not zero, and its products are of TF32 in both."""
     most = {name: [0.0, 0.0] for name in NAMES}
-    for seed in range(4):
+    for seed in range(4 if CUDA else 2):
         p = Problem.draw(6, 5, 8, 80, FP32, seed)
         exact = p.by_reference()
         for k, narrow in enumerate((False, True)):
@@ -235,10 +238,10 @@ def test_what_is_not_finite_in_a_first_state_stays_in_its_row(bad):
 def test_the_same_inputs_give_the_same_bits_whatever_the_scheduling(protocol):
     p = Problem.draw(4, 18, 5, 70, FP32)
     options = {"tier": "persistent", "protocol": protocol, "block_h": 16, "block_b": 16, "sms": 10}
-    first = p.by_kernels(**options, **ALLOWED, narrow=True)
+    first = forward(p, **options)
     for seed in range(2):
-        again = p.by_kernels(**options, **ALLOWED, narrow=True, seed=seed, delays=emulator.Delays(0.05, 0.004))
-        assert all(torch.equal(first[name], again[name]) for name in NAMES)
+        again = forward(p, **options, seed=seed, delays=emulator.Delays(0.05, 0.004))
+        assert all(torch.equal(first[name], again[name]) for name in first)
 
 
 def test_resets():
@@ -297,8 +300,7 @@ def test_layer_norm(options, monkeypatch):
         assert (got - expected).abs().max() < 5e-3 * max(1, expected.abs().max()), name
 
 
-@pytest.mark.parametrize("at_once", [1, 2])
-@pytest.mark.parametrize("h", [72, 70])
+@pytest.mark.parametrize(("h", "at_once"), [(72, 1), (70, 2)])
 def test_directions_side_by_side(h, at_once):
     problems = test_chains.draw(2, 4, 5, 5, h, FP32)
     for p in problems:
@@ -310,7 +312,7 @@ def test_directions_side_by_side(h, at_once):
         assert_agrees(got[k], by_rounded_reference(p, lengths, reverse=k == 1))
 
 
-@pytest.mark.parametrize("h", [72, 70])
+@pytest.mark.parametrize("h", [72, 70] if CUDA else [70])
 def test_a_pipeline_of_layers_gives_the_bits_of_one_after_another(h):
     p = test_stack.Problem((2, 8, 5, 5, h), FP32)
     x, w_ih, w_between, w_hh, b_ih, b_hh, h0, c0 = (v.to(DEVICE) for v in p.given)
@@ -449,6 +451,8 @@ def test_rounded_weights(path, monkeypatch):
     assert 1e-5 < max(found.values()) < LARGEST, found
     orders = [launch.constants["ORDER"] for launch in launches if launch.kernel == "round_weights"]
     assert orders == ([0] if path == "single" else [0, 1])
+    if not CUDA and b > 5:
+        return  # minutes in the emulator
     lengths = [(3 * k + 1) % (t + 1) for k in range(b)]
     found = errors(p.by_kernels(lengths, True, **options, **ALLOWED), p.by_reference(lengths, True))
     assert max(found.values()) < LARGEST, found
@@ -466,7 +470,7 @@ def test_rounded_weights_of_directions_side_by_side(more):
 
 @pytest.mark.parametrize("chunks", [None, 2], ids=["wavefront", "pipeline"])
 def test_rounded_weights_of_layers(chunks):
-    p = test_stack.Problem((2, 6, 3, 5, 70), FP32)
+    p = test_stack.Problem((2, 4, 3, 5, 70), FP32)
     forced = {"tier": "persistent", **({} if CUDA else {"sms": 24})}
     got, exact = p.by_kernels(chunks=chunks, **forced, **ALLOWED), p.by_reference()
     found = {name: np.abs(got[name].double().numpy() - exact[name]).max() for name in test_stack.NAMES}
