@@ -47,20 +47,22 @@ def newly(precision: str) -> Callable[[], None]:
 
 
 def test_what_was_inherited_is_inherited_afterwards():
-    everywhere = torch.backends
+    def everywhere(precision: str) -> None:  # not torch.backends.fp32_precision, which torch's own tests lock
+        torch._C._set_fp32_precision_setter("generic", "all", precision)
+
+    before = torch.backends.fp32_precision
     MATMUL.fp32_precision = "none"
-    before = everywhere.fp32_precision
     try:
         for first, then in (("ieee", "tf32"), ("tf32", "ieee")):
-            everywhere.fp32_precision = first
+            everywhere(first)
             assert MATMUL.fp32_precision == first
             with tf32.allowed():
                 assert MATMUL.fp32_precision == "tf32"
             assert MATMUL.fp32_precision == first
-            everywhere.fp32_precision = then
+            everywhere(then)
             assert MATMUL.fp32_precision == then
     finally:
-        everywhere.fp32_precision = before
+        everywhere(before)
 
 
 @pytest.mark.parametrize(
