@@ -333,9 +333,6 @@ def test_a_pipeline_of_layers_gives_the_bits_of_one_after_another(h):
             assert torch.equal(c_n[k], c)
     assert torch.equal(out, below)
     assert hidden.shape == (2, 8, 5, padded(h))
-    exact = p.by_reference()
-    got = p.by_kernels(chunks=2, **options)
-    assert max(np.abs(got[name].double().numpy() - exact[name]).max() for name in test_stack.NAMES) < 2e-2
 
 
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -451,7 +448,7 @@ def test_rounded_weights(path, monkeypatch):
     assert 1e-5 < max(found.values()) < LARGEST, found
     orders = [launch.constants["ORDER"] for launch in launches if launch.kernel == "round_weights"]
     assert orders == ([0] if path == "single" else [0, 1])
-    if not CUDA and b > 5:
+    if not CUDA and path not in ("teams of four", "step"):
         return  # minutes in the emulator
     lengths = [(3 * k + 1) % (t + 1) for k in range(b)]
     found = errors(p.by_kernels(lengths, True, **options, **ALLOWED), p.by_reference(lengths, True))
