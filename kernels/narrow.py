@@ -36,8 +36,8 @@ def _rows(
         k = begin + tl.arange(0, COLUMNS)
         x = tl.load(source_ptr + row[:, None] * H + k[None, :], mask=known[:, None] & (k[None, :] < H), other=0.0)
         largest = tl.maximum(largest, tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1))
-    exponent = largest >> 23
-    exponent = tl.where(exponent == 255, 127, tl.minimum(-exponent + TOGETHER, LARGEST))
+    own = largest >> 23
+    exponent = tl.where(own == 255, 127, tl.minimum(-own + TOGETHER, LARGEST))
     for begin in range(0, HX, COLUMNS):
         k = begin + tl.arange(0, COLUMNS)
         x = tl.load(source_ptr + row[:, None] * H + k[None, :], mask=known[:, None] & (k[None, :] < H), other=0.0)

@@ -373,10 +373,10 @@ def test_narrowed_rows_are_the_formula_s(rows, bad):
     chosen = dataclasses.replace(fixed, hidden=3)
     with emulator.emulate():
         found = layer._operands(w_hh, h0, chosen)
-    assert found.w_ptr.dtype == found.entry_ptr.dtype == torch.float16
-    scale = found.w_scale_ptr[:3].transpose(0, 1).reshape(12, 1).double() * 2**14
+    assert found["w_ptr"].dtype == found["entry_ptr"].dtype == torch.float16
+    scale = found["w_scale_ptr"][:3].transpose(0, 1).reshape(12, 1).double() * 2**14
     for got, factor, given_rows in (
-        (found.w_ptr, scale, w_hh), (found.entry_ptr, found.entry_scale_ptr[:, None].double() / 2**14, h0),
+        (found["w_ptr"], scale, w_hh), (found["entry_ptr"], found["entry_scale_ptr"][:, None].double() / 2**14, h0),
     ):  # fmt: skip
         assert not got[:, 3:].any()
         got, behind = got[: len(given_rows)], got[len(given_rows) :]

@@ -126,7 +126,7 @@ def test_products_of_backward_are_as_those_of_the_kernels(monkeypatch, is_cuda, 
 
 
 @pytest.mark.parametrize("function", [
-    layer._gradients, chains.backward, stack.backward, pipeline.backward, normed.backward,
+    layer.gradients, chains.backward, stack.backward, pipeline.backward, normed.backward,
 ], ids=lambda f: f.__module__)  # fmt: skip
 def test_every_backward_pass_does_so(monkeypatch, function):
     """Not by its results, which a CPU makes without TF32: by what torch was told when it first looks at x."""

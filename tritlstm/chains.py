@@ -65,7 +65,6 @@ def forward(
     # Between the launches of the step tier the cell state keeps fp32.
     c_n = torch.empty_like(c0, dtype=torch.float32 if chosen.tier == "step" else c0.dtype).contiguous()
     flag = status.of(x.device)
-    operands = layer._operands(w_hh, h0, chosen)
     in_rows = {
         "gates_ptr": (gates, 4 * width),
         "exchange_ptr": (buffer, width),
@@ -73,7 +72,7 @@ def forward(
         "cells_ptr": (cells, width if save else 0),
     }
     by_chain = {
-        **operands.given(),
+        **layer._operands(w_hh, h0, chosen),
         "c0_ptr": c0.contiguous(),
         "h_n_ptr": h_n,
         "c_n_ptr": c_n,

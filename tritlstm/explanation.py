@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import aten, emulator, functional, plan
+from . import aten, emulator, functional, normed, plan
 from .cell_options import Cell
 from .functional import Lengths
 from .layer import bounded
@@ -279,13 +279,9 @@ def _runs(
     if "layer_norm" not in beyond:
         return _kernel_runs(*given)
     try:
-        # Both directions must be possible, as they must for the operator, trained or not, and with any cell.
-        emulation = emulator.current()
-        overrides = {"narrow": False} | ({} if emulation is None else emulation.overrides)
+        # As the operator asks, trained or not.
         precision = plan.dot_precision(torch.empty(0, dtype=dtype))
-        for direction in ("forward", "backward"):
-            fixed = (length, batch, call.hidden, dtype, plan.device_of(data), precision)
-            plan.recurrent(direction, *fixed, True, overrides, normed=True)
+        normed.check(length, batch, call.hidden, dtype, plan.device_of(data), precision)
         return _kernel_runs(*given)
     except plan.PlanError as error:
         return other("aten", f"layer_norm needs all blocks of a step on the device at once: {error}")
@@ -374,7 +370,7 @@ def _kernel_runs(
     if not may_narrow:
         overrides = {**overrides, "narrow": False}
     precision = plan.dot_precision(torch.empty(0, dtype=dtype))
-    normed = "layer_norm" in beyond
+    is_normed = "layer_norm" in beyond
     at_once = length == 1 and not beyond and not _folds(module) and not overrides
 
     def choices(chains: int, width: int, stacked: bool = False) -> tuple[KernelChoice, ...]:
@@ -385,8 +381,9 @@ def _kernel_runs(
             if direction == "forward" and at_once and chains == 1:
                 chosen = plan.one_step(batch, call.input_size, hidden, dtype, device, precision, training)
             else:
-                chosen = plan.recurrent(*arguments, overrides, chains, stacked, normed)
-            found.append(KernelChoice(direction, chosen, plan.tiers(*arguments, chains, stacked, normed, may_narrow)))
+                chosen = plan.recurrent(*arguments, overrides, chains, stacked, is_normed)
+            by_tier = plan.tiers(*arguments, chains, stacked, is_normed, may_narrow)
+            found.append(KernelChoice(direction, chosen, by_tier))
         return tuple(found)
 
     directions = 1 + bool(getattr(module, "bidirectional", False))

@@ -39,6 +39,7 @@ from typing import Any, TextIO
 import torch
 
 from . import machine_code, measured, plan
+from .kernels import rounding
 from .kernels.launch import Launch, kernel_function
 from .plan import Device, GemmPlan, NarrowPlan, OneStepPlan, RecurrentPlan, RoundPlan
 
@@ -249,9 +250,10 @@ def configurations(device: Device, products: Any = PRODUCTS, variant: str = "pla
                     g = plan.gate_gemm(rows, h, h, dtype, device, precision)
                     keep(gemm_launch(g, dtype), g, dtype)
             for h in (hidden, hidden + UNEVEN) if (dtype, precision) == (torch.float32, "tf32") else ():
-                narrow, rounded = plan.narrow(h), [plan.rounded(h, 1, order) for order in range(2)]
-                keep(prepare_launch(narrow), narrow, dtype)
-                for each in rounded:
+                orders = (rounding.ROWS.value, rounding.COLUMNS.value)
+                prepared: list[NarrowPlan | RoundPlan] = [plan.narrow(h)]
+                prepared += [plan.rounded(h, 1, order) for order in orders]
+                for each in prepared:
                     keep(prepare_launch(each), each, dtype)
             for batch, h in itertools.product(BATCH_SIZES, (hidden, hidden + UNEVEN)):
                 one = plan.one_step(batch, h, h, dtype, device, precision)

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,25 +119,16 @@ def _weights(w: Tensor, layout: plan.RecurrentPlan) -> Tensor:
     return out
 
 
-class _Operands(NamedTuple):
-    """What the recurrent kernel multiplies, by the names of its pointers: of C chains, or of one, without C."""
+def _operands(w_hh: Tensor, h0: Tensor, layout: plan.RecurrentPlan) -> dict[str, Tensor]:
+    """What the forward kernel multiplies, by the names of its pointers: of C chains, or of one, without C.
 
-    w_ptr: Tensor  # [C, 4H, HX]
-    h0_ptr: Tensor  # [C, B, HX]
-    # Of fp32 with products of fp16 (kernels/narrow.py):
-    entry_ptr: Tensor | None = None  # [C, B, HX], of one chain [B + 1, HX] with a row of zeros
-    w_scale_ptr: Tensor | None = None  # [C, HX, 4]
-    entry_scale_ptr: Tensor | None = None  # [C, B], [B + 1]
-
-    def given(self) -> dict[str, Tensor]:
-        return {name: tensor for name, tensor in self._asdict().items() if tensor is not None}
-
-
-def _operands(w_hh: Tensor, h0: Tensor, layout: plan.RecurrentPlan) -> _Operands:
+    ``w_ptr`` [C, 4H, HX] and ``h0_ptr`` [C, B, HX]; of a ``narrow`` plan also ``entry_ptr`` [C, B, HX], or of one chain
+    [B + 1, HX] with a row of zeros, ``w_scale_ptr`` [C, HX, 4] and ``entry_scale_ptr`` [C, B] or [B + 1].
+    """
     *chains, batch, hidden = h0.shape
     width = padded(hidden)
     if not layout.narrow:
-        return _Operands(_weights(w_hh, layout), _pad_columns(h0, width))
+        return {"w_ptr": _weights(w_hh, layout), "h0_ptr": _pad_columns(h0, width)}
     w_hh, h0 = w_hh.contiguous(), h0.contiguous()
     count = math.prod(chains)
     states = count * batch
@@ -156,7 +147,8 @@ def _operands(w_hh: Tensor, h0: Tensor, layout: plan.RecurrentPlan) -> _Operands
     _run(plan.narrow(hidden, count).launch(arguments))
     if chains:
         entry, entry_scale = entry[:states].view(*chains, batch, width), entry_scale[:states].view(*chains, batch)
-    return _Operands(w, _pad_columns(h0, width), entry, w_scale, entry_scale)
+    scales = {"w_scale_ptr": w_scale, "entry_scale_ptr": entry_scale}
+    return {"w_ptr": w, "h0_ptr": _pad_columns(h0, width), "entry_ptr": entry, **scales}
 
 
 def _counters(layout: plan.RecurrentPlan, device: torch.device) -> Tensor:
@@ -257,7 +249,7 @@ def forward(
     flag = status.of(place)
     arguments = {
         "gates_ptr": gates,
-        **_operands(w_hh, h0, layout).given(),
+        **_operands(w_hh, h0, layout),
         "c0_ptr": c0.contiguous(),
         "lengths_ptr": lengths,
         "exchange_ptr": buffer,
@@ -456,13 +448,18 @@ def backward(
     where ``needs`` says so; with an eighth flag in ``needs`` also that of ``cell.peephole``. ``rebuild``, b_ih, b_hh
     and gate0 of the forward pass, says that ``gates`` were not saved.
     """
+    if rebuild is not None:
+        # Not of TF32: of few units, forward's products were not either.
+        cuts = None if cell.resets is None else aten.cut_steps(cell.resets, lengths, reverse)
+        gates = _rebuilt_gates(x, w_ih, w_hh, *rebuild, h0, c0, lengths, cuts, out, cells, reverse, cell)
     found = gradients(
-        grad_out, grad_h_n, grad_c_n, x, w_ih, w_hh, h0, c0, lengths, out, gates, cells, reverse, needs, cell, rebuild
+        grad_out, grad_h_n, grad_c_n, x, w_ih, w_hh, h0, c0, lengths, out, gates, cells, reverse, needs, cell
     )
     # One each: an operator may not return the same tensor twice.
     return tuple(x.new_empty(0) if grad is None else grad for grad in found)
 
 
+@tf32.of_backward
 def gradients(
     grad_out: Tensor | None,
     grad_h_n: Tensor | None,
@@ -479,42 +476,12 @@ def gradients(
     reverse: bool,
     needs: Sequence[bool],
     cell: Cell = PLAIN,
-    rebuild: tuple[Tensor | None, Tensor | None, Tensor | None] | None = None,
     times: tuple[int, ...] = (),
 ) -> tuple[Tensor | None, ...]:
     """:func:`backward` with None for what is not needed, and the bias sum so many ``times``: [*times, 4H]."""
-    cuts = None if cell.resets is None else aten.cut_steps(cell.resets, lengths, reverse)
-    if rebuild is not None:
-        # Not of TF32: of few units, forward's products were not either.
-        gates = _rebuilt_gates(x, w_ih, w_hh, *rebuild, h0, c0, lengths, cuts, out, cells, reverse, cell)
-    return _gradients(
-        grad_out, grad_h_n, grad_c_n, x, w_ih, w_hh, h0, c0, lengths, cuts, out, gates, cells, reverse, needs, cell,
-        times,
-    )  # fmt: skip
-
-
-@tf32.of_backward
-def _gradients(
-    grad_out: Tensor | None,
-    grad_h_n: Tensor | None,
-    grad_c_n: Tensor | None,
-    x: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    lengths: Tensor | None,
-    cuts: Tensor | None,
-    out: Tensor,
-    gates: Tensor,
-    cells: Tensor,
-    reverse: bool,
-    needs: Sequence[bool],
-    cell: Cell,
-    times: tuple[int, ...],
-) -> tuple[Tensor | None, ...]:
     length, batch, features = x.shape
     hidden = w_hh.shape[1]
+    cuts = None if cell.resets is None else aten.cut_steps(cell.resets, lengths, reverse)
     grad_gates, grad_c0, kept_h = _recurrent_backward(
         grad_out, grad_h_n, grad_c_n, w_hh, c0, lengths, cuts, gates, cells, reverse, x, cell
     )

@@ -91,15 +91,21 @@ def _raw_products(x: Tensor, w_ih: Tensor, hidden: int) -> Iterator[tuple[slice,
         yield part, wide[..., : 4 * hidden]
 
 
-def fits(x: Tensor, hidden: int) -> bool:
-    """Whether the planner has kernels for a layer-normed layer of `hidden` units on `x`, whatever the cell."""
+def check(
+    length: int, batch: int, hidden: int, dtype: torch.dtype, device: plan.Device, precision: str
+) -> None:
+    """Raises PlanError unless the planner has kernels for a layer-normed layer, both passes and whatever the cell."""
     overrides = {"narrow": False, **layer._overrides()}
+    for direction in ("forward", "backward"):
+        plan.recurrent(
+            direction, length, batch, hidden, dtype, device, precision, overrides=overrides, normed=True
+        )  # fmt: skip
+
+
+def fits(x: Tensor, hidden: int) -> bool:
+    """Whether there are kernels for a layer-normed layer of `hidden` units on `x`: :func:`check`."""
     try:
-        for direction in ("forward", "backward"):
-            plan.recurrent(
-                direction, x.shape[0], x.shape[1], hidden, x.dtype, plan.device_of(x), plan.dot_precision(x),
-                overrides=overrides, normed=True,
-            )  # fmt: skip
+        check(x.shape[0], x.shape[1], hidden, x.dtype, plan.device_of(x), plan.dot_precision(x))
     except plan.PlanError:
         return False
     return True

@@ -48,7 +48,7 @@ def forward(
     h_n = x.new_empty(layers, batch, size)
     # Between launches the cell state keeps fp32.
     c_n = torch.empty((layers, batch, size), dtype=torch.float32, device=x.device)
-    operands, c0_dense = layer._operands(w_hh, h0, chosen).given(), c0.contiguous()
+    operands, c0_dense = layer._operands(w_hh, h0, chosen), c0.contiguous()
     counters = [layer._counters(chosen, x.device) for _ in range(layers)]
     flag = status.of(x.device)
 

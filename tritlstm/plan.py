@@ -215,8 +215,16 @@ FULL_TILES = {"tile_rows": 0}
 SHORTEST_CHUNK = 16
 
 
+class _Launches:
+    """Of a plan: what its launches have compiled, kept with it."""
+
+    @functools.cached_property
+    def _compiled(self) -> Compiled:
+        return Compiled()
+
+
 @dataclasses.dataclass(frozen=True)
-class RecurrentPlan:
+class RecurrentPlan(_Launches):
     """How one recurrent kernel will be launched."""
 
     direction: str  # forward or backward
@@ -359,10 +367,6 @@ class RecurrentPlan:
             cluster_bytes=self.cluster_bytes,
             compiled=self._compiled,
         )
-
-    @functools.cached_property
-    def _compiled(self) -> Compiled:
-        return Compiled()
 
     @functools.cached_property
     def cells(self) -> dict[Any, RecurrentPlan]:
@@ -870,15 +874,13 @@ def _cost(problem: _Problem, plan: RecurrentPlan) -> StepCost:
         prefill = rows * plan.n_groups * plan.at_once * depth * element / device.memory_bytes_per_us
     if plan.stacked:  # what the layer below or above has is read and multiplied too
         copy, matrix, shared = 2 * copy, 2 * matrix, 2 * shared
-    if plan.alone:
-        copy = matrix = shared = streamed = 0.0
     launch = known.launch_us if plan.tier == "step" and not problem.one_step else 0.0
-    weights = max(matrix, shared)
-    if not plan.alone:
-        weights += known.fence_us * plan.chunks * (2 if plan.stacked else 1)
+    weights = max(matrix, shared) + known.fence_us * plan.chunks * (2 if plan.stacked else 1)
     if plan.tier == "single":
         # Twice as many operands pass to shared memory; that a turn then takes half as long again is an estimate.
         weights += known.turn_us * (1 if forward else 4) * (1.5 if products > 1 else 1)
+    if plan.alone:
+        copy = weights = streamed = 0.0
     return StepCost(
         hand_off, copy * waves, parts * waves, weights * waves, streamed * waves, cell * waves, launch, prefill
     )
@@ -1191,7 +1193,7 @@ def _adjusted(plan: RecurrentPlan, changes: Mapping[str, Any]) -> RecurrentPlan:
 
 
 @dataclasses.dataclass(frozen=True)
-class GemmPlan:
+class GemmPlan(_Launches):
     """How the gate GEMM will be launched."""
 
     features: int
@@ -1231,10 +1233,6 @@ class GemmPlan:
             compiled=self._compiled,
         )
 
-    @functools.cached_property
-    def _compiled(self) -> Compiled:
-        return Compiled()
-
 
 @functools.lru_cache(maxsize=4096)
 def gate_gemm(
@@ -1264,7 +1262,7 @@ def gate_gemm(
 
 
 @dataclasses.dataclass(frozen=True)
-class NarrowPlan:
+class NarrowPlan(_Launches):
     """How w_hh and h0 of fp32 are brought into fp16, before a recurrent kernel whose plan is ``narrow``."""
 
     hidden: int
@@ -1283,13 +1281,9 @@ class NarrowPlan:
         tiles = -(-4 * self.hidden * self.chains // self.rows) + -(-(arguments["states"] + 1) // self.rows)
         return Launch("narrow", (tiles,), arguments, self.constants, self.num_warps, compiled=self._compiled)
 
-    @functools.cached_property
-    def _compiled(self) -> Compiled:
-        return Compiled()
-
 
 @dataclasses.dataclass(frozen=True)
-class RoundPlan:
+class RoundPlan(_Launches):
     """How weights [C, 4H, H] are rounded to TF32 and laid out, before a recurrent kernel with an ``order``."""
 
     hidden: int
@@ -1306,10 +1300,6 @@ class RoundPlan:
         tiles = -(-padded(self.hidden) // ROUNDED_TILE)
         grid = (tiles, tiles, self.chains)
         return Launch("round_weights", grid, arguments, self.constants, self.num_warps, compiled=self._compiled)
-
-    @functools.cached_property
-    def _compiled(self) -> Compiled:
-        return Compiled()
 
 
 #: Units on either side of the four gates' tile that a program rounds: 32 elements a thread.
@@ -1334,7 +1324,7 @@ def narrow(hidden: int, chains: int = 1) -> NarrowPlan:
 
 
 @dataclasses.dataclass(frozen=True)
-class OneStepPlan:
+class OneStepPlan(_Launches):
     """How a sequence of one time step will be launched: both products and the cell at once."""
 
     tier = "step"
@@ -1380,10 +1370,6 @@ class OneStepPlan:
             max_registers=self.max_registers,
             compiled=self._compiled,
         )
-
-    @functools.cached_property
-    def _compiled(self) -> Compiled:
-        return Compiled()
 
     def describe(self) -> str:
         """One line: tiles."""
